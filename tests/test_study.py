@@ -1,0 +1,350 @@
+"""study.py: what people see and choose, in a real browser too; what is kept, and what comes of it."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import build_dataset
+import study
+from judgement import win_rate
+from pictures import write_png
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = [
+    "a man", 'a "woman" </script><img src=x onerror="alert(1)"> & <b>', "雨", "a boy", "a girl", "a crowd", "a man"]
+N = len(PROMPTS)
+RED = (200, 10, 10)                            # all of the candidate's pictures; the baseline's are the tiny model's
+
+
+@pytest.fixture(scope="module")
+def evaluation(tiny, tiny_scorer, tmp_path_factory):
+    """evaluate.py's own: a baseline that it drew, and a candidate that was drawn elsewhere."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    for i in range(N):
+        write_png(folder / "tuned" / f"{i:05d}.png", Image.new("RGB", (32, 32), RED), {"parameters": "secret-lora"})
+    rows = [{"file": f"{i:05d}.png", "prompt": prompt, "seed": i} for i, prompt in enumerate(PROMPTS)]
+    (folder / "tuned" / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    subprocess.run(
+        [sys.executable, "evaluate.py", "--model", tiny, "--candidate", folder / "tuned", "--scorers", tiny_scorer,
+         "--steps", "2", "--out", folder / "eval"], cwd=ROOT, check=True, capture_output=True)
+    return folder / "eval"
+
+
+@pytest.fixture
+def begun(evaluation, tmp_path):
+    """The database of a new study, and a client of its page."""
+    path = tmp_path / "study.db"
+    app = study.make_app(study.open_study(path, str(evaluation), None), path, ["localhost"])
+    app.testing = True
+    return path, app.test_client()
+
+
+def candidate_left(client, name, number) -> bool:
+    """Told by the pixels, as the page tells nobody."""
+    answer = client.get(f"/picture/{number}/left", query_string={"name": name})
+    return Image.open(io.BytesIO(answer.data)).getpixel((0, 0)) == RED
+
+
+def choose(client, name, number, choice, **more):
+    return client.post("/pair", data={"name": name, "number": number, "choice": choice}, **more)
+
+
+def shown(client, name, **query) -> str:
+    return client.get("/pair", query_string={"name": name, **query}).text
+
+
+def rows_of(path) -> list[tuple]:
+    return sqlite3.connect(path).execute("SELECT participant, pair, preferred FROM answers ORDER BY rowid").fetchall()
+
+
+# What is shown
+
+def test_everyone_has_an_order_and_sides_of_their_own(evaluation, tmp_path):
+    one = study.open_study(tmp_path / "study.db", str(evaluation), None)
+    again = study.open_study(tmp_path / "study.db", None, None)
+    orders = [one.order(f"person {i}") for i in range(400)]
+    assert orders == [again.order(f"person {i}") for i in range(400)]            # a reload shows the same
+    assert len({str(order) for order in orders}) > 390
+    for order in orders:
+        assert sorted(pair for pair, _ in order) == list(range(N))
+        assert sum(left for _, left in order) in (N // 2, N - N // 2)            # half of them, for everyone
+    for i in range(N):                         # and neither a place nor a pair leans to a side: 4 deviations are 40
+        assert abs(sum(order[i][1] for order in orders) - 200) < 40
+        assert abs(sum(dict(order)[i] for order in orders) - 200) < 40
+
+
+def test_nothing_tells_the_sides_apart(begun, evaluation):
+    path, client = begun
+    pages = [client.get("/"), *(client.get(f"/pair?name=ann&number={n}") for n in range(1, N + 1))]
+    pictures = [client.get(f"/picture/{n}/{side}?name=ann") for n in range(1, N + 1) for side in ("left", "right")]
+    for answer in (*pages, *pictures):
+        assert answer.status_code == 200
+        everything = answer.data + str(answer.headers).encode()
+        for word in (b"baseline", b"candidate", b"tuned", b"secret", b".png", b"parameters", b"Last-Modified"):
+            assert word not in everything
+    for answer in pictures:
+        image = Image.open(io.BytesIO(answer.data))
+        assert image.size == (32, 32) and not image.info
+    assert all(answer.text.count("<script") <= 1 and "<b>" not in answer.text for answer in pages)      # escaped
+    # Each pair's two pictures are one of each side, the baseline's just as it was drawn.
+    drawn = [Image.open(file).tobytes() for file in sorted((evaluation / "images/baseline").glob("*.png"))]
+    for n in range(1, N + 1):
+        other = client.get(f"/picture/{n}/{'right' if candidate_left(client, 'ann', n) else 'left'}?name=ann")
+        number = drawn.index(Image.open(io.BytesIO(other.data)).tobytes())
+        assert PROMPTS[number].replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace(
+            '"', "&#34;") in shown(client, "ann", number=n)
+
+
+def test_only_the_studys_pictures_and_only_its_own_page(begun):
+    path, client = begun
+    for address in ("/picture/0/left", f"/picture/{N + 1}/left", "/picture/1/up", "/picture/../study.db", "/static/x",
+                    "/picture/1/..%2f..%2fstudy.db", "/picture/-1/left", "/%2e%2e/%2e%2e/etc/passwd"):
+        assert client.get(address, query_string={"name": "ann"}).status_code == 404
+    assert choose(client, "ann", 1, "left", headers={"Origin": "http://evil.example"}).status_code == 403
+    assert choose(client, "ann", 1, "left", headers={"Origin": "null"}).status_code == 403
+    assert client.get("/", headers={"Host": "rebound.example:8000"}).status_code == 400
+    for name, number, choice, code in (("", 1, "left", 400), ("ann", 1, "both", 400), ("ann", 0, "left", 404),
+                                       ("ann", N + 1, "left", 404), ("ann", "x", "left", 404)):
+        assert choose(client, name, number, choice).status_code == code
+    assert rows_of(path) == []
+    assert choose(client, "ann", 1, "left", headers={"Origin": "http://localhost"}).status_code == 303
+    assert client.get("/pair?name=+").location == "/"
+
+
+# What is kept
+
+def test_goes_on_where_one_was_and_a_changed_answer_replaces(begun):
+    path, client = begun
+    assert f"1 of {N}" in shown(client, "ann")
+    left = candidate_left(client, "ann", 1)
+    for _ in range(2):                         # a double-click is one answer
+        assert choose(client, "ann", 1, "left").location == "/pair?name=ann"
+    assert [row[2] for row in rows_of(path)] == ["candidate" if left else "baseline"]
+    assert f"2 of {N}" in shown(client, "ann") and f"1 of {N}" in shown(client, "bob")
+    assert 'value="left" data-key="ArrowLeft" class="chosen"' in shown(client, "ann", number=1)          # back
+    choose(client, "ann", 1, "same")
+    assert [row[2] for row in rows_of(path)] == [None]
+    assert 'data-key="ArrowDown" class="chosen"' in shown(client, "ann", number=1)
+    for n in range(2, N + 1):
+        choose(client, "  ann ", n, "right")   # blanks make no other person
+    assert "Thank you, ann!" in shown(client, "ann") and len(rows_of(path)) == N
+    assert f"{N} of {N}" in shown(client, "ann", number=N)
+
+
+# What comes of it
+
+def test_export_by_hand_and_on_into_a_dataset(begun, evaluation, program, tiny, tmp_path, capsys):
+    """ann prefers the candidate but for one tie; bob the baseline in pairs 0 and 1, and the candidate in pair 2."""
+    path, client = begun
+    pairs = {"ann": [1] * (N - 1) + [0], "bob": [-1, -1, 1]}
+    opened = study.open_study(path, None, None)
+    for name, votes in pairs.items():
+        for n, (pair, _) in enumerate(opened.order(name), 1):
+            if pair < len(votes):
+                better = votes[pair] > 0
+                side = "left" if candidate_left(client, name, n) == better else "right"
+                choose(client, name, n, side if votes[pair] else "same")
+    out = tmp_path / "export"
+    assert program(study, "--out", path, "--export", out) == 0
+    about = json.loads((out / "study.json").read_text())
+    assert (about["baseline"], about["candidate"], about["pairs"]) == ("baseline", "candidate", N)
+
+    def figures(found):
+        return found["wins"], found["ties"], found["losses"]
+
+    assert figures(about["participants"]["ann"]) == (N - 1, 1, 0) and figures(about["participants"]["bob"]) == (1, 0, 2)
+    assert figures(about["all"]) == (N, 1, 2) and figures(about["majority"]) == (N - 3, 3, 0)
+    assert about["all"].items() >= win_rate([1] * N + [0] + [-1] * 2, [0] * (N + 3)).items()
+    assert about["all"]["percent"] == pytest.approx(100 * N / (N + 2))
+    low, high = about["all"]["ci95_ties_half"]
+    assert low < about["all"]["percent_ties_half"] < high
+    assert about["all"]["percent_ties_half"] == pytest.approx(100 * (N + 0.5) / (N + 3))
+    lines = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == PROMPTS[2:-1]                   # ties of two people are left out
+    assert "ann" in capsys.readouterr().out
+
+    # bob is of another mind about pair 0 now, and alone with pair N - 1.
+    for n, (pair, _) in enumerate(opened.order("bob"), 1):
+        if pair in (0, N - 1):
+            choose(client, "bob", n, "left" if candidate_left(client, "bob", n) == (pair == 0) else "right")
+    assert program(study, "--out", path, "--export", out) == 0
+    data = tmp_path / "data"
+    assert program(build_dataset, "--model", tiny, "--from-pairs", out / "pairs.jsonl", "--out", data) == 0
+    rows = build_dataset.read_lines(data)
+    assert [row["prompt"] for row in rows] == [PROMPTS[i] for i in range(N) if i != 1]
+    for i, row in enumerate(rows):
+        reds = [Image.open(data / f"images/{row['id']}_{side}.png").getpixel((0, 0)) == RED for side in "wl"]
+        assert reds == ([False, True] if i == N - 2 else [True, False])
+    assert program(study, "--out", path, "--export", evaluation.parent / "tuned") == 2
+
+
+# What is refused
+
+def test_other_pictures_and_files_are_refused_in_a_line(begun, evaluation, program, tmp_path, capsys):
+    path, _ = begun
+
+    def refused(*arguments) -> str:
+        assert program(study, *arguments) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("study.py: ") and said.count("\n") == 1
+        return said
+
+    def changed(name, change) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(evaluation, folder)
+        change(folder)
+        return folder
+
+    def three_sides(folder):
+        about = json.loads((folder / "report.json").read_text())
+        about["sides"]["more"] = about["sides"]["candidate"]
+        (folder / "report.json").write_text(json.dumps(about))
+
+    def resized(folder):
+        Image.new("RGB", (40, 32)).save(folder / "images/baseline/00003.png")
+
+    def redrawn(folder):
+        Image.new("RGB", (32, 32)).save(folder / "images/baseline/00003.png")
+
+    assert "no such folder" in refused("--eval", tmp_path / "no", "--out", path)
+    assert "no finished evaluation" in refused(
+        "--eval", changed("unfinished", lambda folder: (folder / "report.json").unlink()), "--out", path)
+    assert "of scorers, not of pictures" in refused("--eval", changed(
+        "judges", lambda folder: (folder / "report.json").write_text('{"pairs": 3}')), "--out", tmp_path / "new.db")
+    assert "32x32 and 40x32" in refused("--eval", changed("resized", resized), "--out", path)
+    assert "00002.png" in refused("--eval", changed(
+        "lost", lambda folder: (folder / "images/baseline/00002.png").unlink()), "--out", path)
+    assert "begun with other" in refused("--eval", changed("redrawn", redrawn), "--out", path)
+    several = changed("several", three_sides)
+    assert "--sides baseline,candidate" in refused("--eval", several, "--out", tmp_path / "new.db")
+    assert "it has baseline, candidate, more" in refused("--eval", several, "--sides", "more,x", "--out", path)
+    assert "begun with other" in refused("--eval", several, "--sides", "baseline, more", "--out", path)
+    assert "no study in it yet" in refused("--out", tmp_path / "new.db")
+    assert "no answers" in refused("--out", path, "--export", tmp_path / "export")
+    (tmp_path / "text.db").write_text("not a database, and longer than its header " * 9)
+    assert "not a database" in refused("--eval", evaluation, "--out", tmp_path / "text.db")
+    sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE photos (name TEXT)")
+    assert "something else" in refused("--eval", evaluation, "--out", tmp_path / "other.db")
+    assert "--port 70000" in refused("--eval", evaluation, "--out", path, "--port", 70000)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"--port {port}: Address already in use" in refused("--eval", evaluation, "--out", path, "--port", port)
+    assert not (tmp_path / "new.db").exists()
+
+
+def test_without_flask(begun, evaluation, program, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "flask", None)
+    assert program(study, "--eval", evaluation, "--out", begun[0]) == 2
+    assert capsys.readouterr().err == 'study.py: the page needs Flask: pip install "hg-dpo[study]"\n'
+
+
+# In a browser
+
+@pytest.fixture
+def browser():
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs chromium (or google-chrome) and chromedriver")
+    from selenium import webdriver
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield driver
+    driver.quit()
+
+
+def served(path, *arguments):
+    """The program itself -> its process, and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "study.py", "--out", str(path), *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True)
+    said = process.stdout.readline()
+    assert f"{N} pairs of baseline and candidate at http://127.0.0.1:" in said, said + process.stdout.read()
+    return process, said.split(" at ")[1].split(",")[0]
+
+
+def test_in_a_browser(browser, evaluation, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    path = tmp_path / "study.db"
+    process, address = served(path, "--eval", evaluation, "--port", 0)
+    try:
+        def body() -> str:
+            return browser.execute_script("return document.body ? document.body.innerText : ''")
+
+        def until(text: str) -> None:
+            end = time.monotonic() + 20
+            # `ready` is the page's own: a choice counts from shortly after both pictures are there.
+            while text not in body() or not browser.execute_script("return typeof ready === 'undefined' || ready"):
+                assert time.monotonic() < end, f"{text!r} is not on the page: {body()!r}"
+                time.sleep(0.05)
+
+        def press(key) -> None:
+            browser.find_element(By.TAG_NAME, "body").send_keys(key)
+
+        def click(choice) -> None:
+            browser.find_element(By.CSS_SELECTOR, f"button[value={choice}]").click()
+
+        browser.get(address)
+        browser.find_element(By.NAME, "name").send_keys("Ann Example", Keys.ENTER)
+        until(f"1 of {N}")
+        sizes = browser.execute_script("return [...document.images].map(i => [i.naturalWidth, i.width, i.x, i.y])")
+        assert [size[0] for size in sizes] == [32, 32] and all(size[1] > 150 for size in sizes)          # enlarged
+        assert sizes[0][2] < sizes[1][2] and sizes[0][3] == sizes[1][3]                                  # side by side
+        browser.execute_script(                # the second click of a double-click
+            "const one = document.querySelector('[value=left]'); one.click(); one.click()")
+        until(f"2 of {N}")
+        browser.refresh()
+        until(f"2 of {N}")
+        press(Keys.ARROW_RIGHT)
+        until(f"3 of {N}")
+        press(Keys.ARROW_DOWN)
+        until(f"4 of {N}")
+        answers = rows_of(path)
+        assert len(answers) == 3 and answers[2][2] is None
+        browser.find_element(By.ID, "back").click()
+        until(f"3 of {N}")
+        click("right")                         # of another mind
+        until(f"4 of {N}")
+        press(Keys.BACKSPACE)
+        until(f"3 of {N}")
+        assert browser.find_element(By.CSS_SELECTOR, "button.chosen").get_attribute("value") == "right"
+        browser.find_element(By.LINK_TEXT, "Go on").click()
+        until(f"4 of {N}")
+        assert len(rows_of(path)) == 3 and rows_of(path)[-1][2] is not None
+
+        process.kill()                         # nothing is lost; the page goes on with another server at its place
+        process.wait()
+        process, _ = served(path, "--port", address.rstrip("/").rpartition(":")[2])
+        click("same")
+        for n in range(5, N + 1):
+            until(f"{n} of {N}")
+            press(Keys.ARROW_LEFT)
+        until("Thank you, Ann Example!")
+        assert [name for name, *_ in rows_of(path)] == ["Ann Example"] * N
+        browser.set_window_size(390, 844)      # a phone's
+        browser.find_element(By.LINK_TEXT, "Back to the last pair").click()
+        until(f"{N} of {N}")
+        assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        assert [entry["message"] for entry in browser.get_log("browser")] == []
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=20)
+        assert process.returncode == 0 and "stopped; every answer is in" in said and "Traceback" not in said
+    finally:
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
