@@ -49,8 +49,8 @@ def parse_args():
     parser.add_argument("--category", help="with a table of prompts: keep the rows whose Category this is")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--pool-size", type=int, default=20, help="pictures a prompt")
-    parser.add_argument("--scorer", help="pickscore, paper-people, or a CLIP's folder or Hub id (default: the model's "
-                        "own scorer/ where it has one, else pickscore)")
+    parser.add_argument("--scorer", help="see model/scorers.py (default: the model's own scorer/ if it has one, else "
+                        "pickscore)")
     parser.add_argument("--winner-rank", type=int, default=1, help="in falling score")
     parser.add_argument("--loser-rank", type=int, help="in falling score (default: the last)")
     parser.add_argument("--keep", default="pair", choices=("pair", "pool"), help="pool also keeps all pictures")
@@ -68,6 +68,8 @@ def parse_args():
     cli.add_sampling_options(parser)
     args = parser.parse_args()
     args.loser_rank = args.loser_rank if args.loser_rank is not None else args.pool_size
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: must be at least 1")
     if args.pool_size < 2:
         raise UserError(f"--pool-size {args.pool_size}: a pair needs at least 2")
     if not 1 <= args.winner_rank < args.loser_rank <= args.pool_size:

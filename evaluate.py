@@ -9,6 +9,7 @@
 
 OUT/report.html         one page that opens from disk: tables, charts, and the pairs side by side, sorted by any scorer
 OUT/report.json         win rates with ties and 95 % intervals, mean scores, colour shift (Table 2), diversity, FID
+OUT/sheet.png           the first prompts' pictures, side under side
 OUT/images/SIDE/        the pictures, which a killed run does not draw again
 OUT/scores-SIDE.jsonl   a line a picture: its scores, its colours
 
@@ -31,6 +32,7 @@ from judgement import HSV, colour_shift, colours, win_rate
 from judges import ImplicitReward, chunked, join_scores, load_judge, load_spread, measure
 from model.errors import UserError
 from model.files import read_json, write_text
+from pictures import sheet, write_png
 from preferences import read_pairs
 from report import page, read_log
 from score import open_picture
@@ -39,6 +41,7 @@ from sides import Side, draw_side, load_side, make_rows, parse_sides
 TOWERS = ("pickscore", "paper-people", "clip", "aesthetic")     # these have an image tower to measure diversity with
 FREE = ("out", "device", "batch_size", "shard", "scorers", "run", "fid", "lora", "lan", "candidate", "baseline",
         "compare")                             # may change on resume; the sides are compared apart
+SHEET_COLUMNS = 12
 SHOWN = ("height", "width", "steps", "guidance", "sampler", "negative_prompt", "seed", "num_images", "dtype")
 
 
@@ -215,6 +218,11 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
         report["left_out"] = sorted(problems.values())
         write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
         write_text(out / "report.html", page(report, kept, scores, picture, {run: read_log(run) for run in args.run}))
+        columns = min(SHEET_COLUMNS, len(kept))
+        shown = [(name, i) for name in names for i in range(columns)]
+        captions = [" ".join([name, *(f"{scores[name][i][scorer]:.2f}" for scorer in scorers[:1]), kept[i]["prompt"]])
+                    for name, i in shown]
+        write_png(out / "sheet.png", sheet([picture(name, kept[i]) for name, i in shown], captions, columns))
     print(f"win rates against {sides[0]} (95 % interval), and colour shift:")
     print_candidates(report["candidates"], scorers)
     print(f"{out / 'report.html'} shows every pair")

@@ -144,8 +144,9 @@ def parse_args():
     parser.add_argument("--save-latents", action="store_true", help="also the final scaled latents, float32")
     cli.add_sampling_options(parser)
     args = parser.parse_args()
-    if args.num_images < 1:
-        raise UserError(f"--num-images {args.num_images}: must be at least 1")
+    for name in ("num_images", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     args.prompt += cli.read_prompts(args.prompts, args.category) if args.prompts else []
     args.prompt = args.prompt[:args.limit]
     if not args.prompt:

@@ -309,6 +309,9 @@ def main() -> None:
     data = Pairs(Path(args.data), pipeline, need_losers=args.loss != "sft")
     if args.holdout >= len(data.rows):
         raise UserError(f"--holdout {args.holdout}: the dataset has only {len(data.rows)} pairs")
+    if not args.sample_every:                              # nothing else needs them; their memory goes back
+        pipeline.vae.to("meta")
+        pipeline.text_encoder.to("meta")
     held_out, pairs = list(range(args.holdout)), list(range(args.holdout, len(data.rows)))
 
     if args.full:
