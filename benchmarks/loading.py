@@ -56,8 +56,11 @@ def write_checkpoint(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--write", metavar="DIR", help="instead: only write the checkpoint, to try other programs on")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
+    if args.write:
+        return write_checkpoint(Path(args.write))
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder))
         for name, code in (("ours", OURS), ("diffusers", PEER)) * 2:             # the second round with a warm cache

@@ -35,9 +35,10 @@ On the weights as they are stored, in half precision; seed {seed}. Times are wal
 | part | MB | training | result |
 |---|---|---|---|
 | VAE, 64x64 to 16x16x4 | {mb[vae]:.1f} | {vae_training} | {psnr:.1f} dB PSNR on {tests:,} held-out pictures |
-| text encoder, of a CLIP | {mb[text_encoder]:.1f} | {clip_training} | a picture finds its caption among 256: {recall} |
+| CLIP, by contrast alone | | {clip_training} | a picture finds its caption among 256: {recall} |
+| preference scorer, from it | {mb[scorer]:.1f} | {scorer_training} | {pairs} of held-out pairs; {pairs_vae} after VAE |
+| text encoder: the scorer's | {mb[text_encoder]:.1f} | | |
 | U-Net, attention on every level | {mb[unet]:.1f} | {unet_training} | loss {loss:.4f} |
-| preference scorer | {mb[scorer]:.1f} | {scorer_training} | {pairs} of held-out pairs, {pairs_vae} after the VAE |
 | judge | {mb[judge]:.1f} | {judge_training} | after the VAE: {found} of broken ones found, {alarm} false alarms |
 
 **Samples** ({count} pictures of test prompts, DPM-Solver++ 2M, {sampler_steps} steps, guidance {guidance:g}), by the

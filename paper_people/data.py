@@ -73,10 +73,13 @@ def drawn(folder: Path, name: str, chunk, count: int, seed: str) -> dict[str, np
     if not path.exists():
         seeds = [f"{seed} {name} {i}" for i in range(-(-count // CHUNK))]
         counts = [min(CHUNK, count - i * CHUNK) for i in range(len(seeds))]
-        # Fresh interpreters: a forked one would inherit torch's threads, locked as they happen to be.
-        with multiprocessing.get_context("spawn").Pool(2) as pool:
-            jobs = [pool.apply_async(chunk, args) for args in zip(seeds, counts)]
-            chunks = [job.get() for job in progress(jobs, len(jobs), f"drawing {name}")]
+        if len(seeds) == 1:                                                      # sooner done than a process starts
+            chunks = [chunk(seeds[0], count)]
+        else:
+            # Fresh interpreters: a forked one would inherit torch's threads, locked as they happen to be.
+            with multiprocessing.get_context("spawn").Pool(2) as pool:
+                jobs = [pool.apply_async(chunk, args) for args in zip(seeds, counts)]
+                chunks = [job.get() for job in progress(jobs, len(jobs), f"drawing {name}")]
         with atomic_write(path) as part, open(part, "wb") as file:
             np.savez(file, **{key: np.concatenate([c[key] for c in chunks]) for key in chunks[0]})
     with np.load(path) as arrays:

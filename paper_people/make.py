@@ -3,10 +3,10 @@
     python -m paper_people.make --out made            # about two hours on two cores; made/checkpoint is the result
     python -m paper_people.make --out try --quick     # half a minute: every stage, nothing learned
 
-In this order: autoencoder; words and a CLIP, whose text tower is the U-Net's; U-Net; preference scorer; judge. Then
-the checkpoint is put together in half precision and measured as it is. Stopped at any moment and started again with
-the same command, it goes on where it was. OUT gets a picture after each stage, figures.json, and the model card,
-README.md.
+In this order: autoencoder; words, a CLIP, and from it the preference scorer, whose text tower is also the U-Net's;
+U-Net; judge. Then the checkpoint is put together in half precision and measured as it is. Stopped at any moment and
+started again with the same command, it goes on where it was. OUT gets a picture after each stage, figures.json, and
+the model card, README.md.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from . import configs, data, draw, preference
 from .card import model_card
 from .judge import Judge, load_judge, save_judge
 from .measure import Book, measure_pool, measure_samples, show_samples
-from .parts import Recipe, Run, make_clip, make_judge, make_scorer, make_unet, make_vae, save_array
+from .parts import Recipe, Run, make_clip, make_judge, make_scorer, make_text_encoder, make_unet, make_vae, save_array
 
 QUICK = Recipe(
-    pictures=96, triples=64, through_vae=16, tests=32, vae_steps=4, decoder_steps=4, clip_steps=4, unet_steps=4,
+    pictures=260, triples=64, through_vae=16, tests=32, vae_steps=4, decoder_steps=4, clip_steps=4, unet_steps=4,
     pose_steps=4, scorer_steps=4, judge_steps=4, samples=4, pool_prompts=2, pool=3)
 
 
@@ -86,7 +86,9 @@ def make(out: Path, recipe: Recipe, seed: int) -> None:
 
     tokenizer = preference.make_tokenizer()
     triples = make_triples(run, "scorer_triples", vae)
-    student, text_encoder = make_clip(run, tokenizer, triples, tests)
+    student = make_clip(run, tokenizer, triples, tests)
+    scorer = make_scorer(run, tokenizer, student, triples, tests, tests_vae)
+    text_encoder = make_text_encoder(tokenizer, scorer)
     unet = make_unet(run, vae, text_encoder, tokenizer, training)
     parts = {
         "unet": configs.UNET, "vae": {**configs.VAE, "scaling_factor": vae.scaling_factor},
@@ -95,7 +97,6 @@ def make(out: Path, recipe: Recipe, seed: int) -> None:
     pipeline = Pipeline(unet, vae, text_encoder, tokenizer, alphas_cumprod, parts, "paper-people")
     show_samples(out / "3_unet.png", pipeline)
 
-    scorer = make_scorer(run, tokenizer, student, triples, tests, tests_vae)
     judge = make_judge(run, make_triples(run, "judge_triples", vae), tests, tests_vae)
     folder = out / "checkpoint"
     save_checkpoint(folder, pipeline, scorer, judge)

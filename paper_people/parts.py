@@ -23,7 +23,7 @@ from pictures import sheet, write_png
 from sampling import add_noise, make_alphas_cumprod
 
 from . import configs, data, draw, preference
-from .fit import attention_backend, fit
+from .fit import fit, plain_attention
 from .judge import Judge, check, judge_pictures
 from .judge import make_loss as judge_loss
 from .measure import Book
@@ -42,8 +42,8 @@ class Recipe:
     vae_steps: int = 3_600
     decoder_steps: int = 800
     clip_steps: int = 400
-    unet_steps: int = 3_000
-    pose_steps: int = 1_200            # of the U-Net again, with weight on the noise levels that decide the pose
+    unet_steps: int = 2_400
+    pose_steps: int = 500              # of the U-Net again, with weight on the noise levels that decide the pose
     scorer_steps: int = 800
     judge_steps: int = 700
     samples: int = 500                 # pictures of test prompts that the judge counts
@@ -150,21 +150,24 @@ def make_vae(run: Run, images: np.ndarray, tests: np.ndarray) -> VAE:
 
 # CLIP and preference scorer
 
+def text_arguments(tokenizer: Tokenizer) -> dict:
+    return configs.arguments(configs.clip_config(tokenizer)["text_config"], CLIPTextEncoder)
+
+
 def make_clip(
     run: Run, tokenizer: Tokenizer, triples: dict[str, np.ndarray], tests: dict[str, np.ndarray],
-) -> tuple[preference.Student, CLIPTextEncoder]:
-    """-> the CLIP, not rounded: the scorer goes on from it; and its text tower, rounded: the U-Net's."""
+) -> preference.Student:
+    """The CLIP, not rounded: the scorer goes on from it."""
     torch.manual_seed(run.seed)
-    config = configs.clip_config(tokenizer)
-    text = configs.arguments(config["text_config"], CLIPTextEncoder)
     clip = preference.make_clip(
-        text, configs.arguments(configs.VISION, CLIPVisionEncoder), config["projection_dim"], tokenizer)
+        text_arguments(tokenizer), configs.arguments(configs.VISION, CLIPVisionEncoder),
+        configs.TEXT["projection_dim"], tokenizer)
     student = preference.Student(clip, configs.VISION["hidden_size"])
     loss = preference.make_loss(student, tokenizer, triples, 48, preference=False)
-    with attention_backend():
+    with plain_attention():
         seconds = fit("clip", run.out, student, loss, run.recipe.clip_steps, 1e-3, run.seed)
-    rounded = round_half(copy.deepcopy(student.clip))
     if "clip" not in run.book:
+        rounded = round_half(copy.deepcopy(student.clip))
         tests = {key: value[:256] for key, value in tests.items()}
         pictures, captions = preference.embed(rounded, tokenizer, tests)
         nearest = (pictures[:, 0] @ captions.T).argmax(dim=1).tolist()
@@ -173,9 +176,7 @@ def make_clip(
         run.book.write(
             "clip", seconds=seconds, steps=run.recipe.clip_steps,
             recall=float(np.mean([i == j for i, j in enumerate(nearest)])))
-    text_encoder = CLIPTextEncoder(**text)
-    text_encoder.text_model = rounded.text_model
-    return student, text_encoder
+    return student
 
 
 def make_scorer(
@@ -183,7 +184,7 @@ def make_scorer(
     tests: dict[str, np.ndarray], tests_vae: dict[str, np.ndarray],
 ) -> CLIP:
     loss = preference.make_loss(student, tokenizer, triples, 48, preference=True)
-    with attention_backend():
+    with plain_attention():
         seconds = fit("scorer", run.out, student, loss, run.recipe.scorer_steps, 6e-4, run.seed + 1)
     scorer = round_half(student.clip)
     if "scorer" not in run.book:
@@ -198,6 +199,14 @@ def make_scorer(
             pairs=preference.pair_accuracy(scorer, tokenizer, tests),
             pairs_after_vae=preference.pair_accuracy(scorer, tokenizer, tests_vae))
     return scorer
+
+
+def make_text_encoder(tokenizer: Tokenizer, scorer: CLIP) -> CLIPTextEncoder:
+    """The U-Net's: the scorer's text tower. Contrast alone leaves "waving" next to "cheering", because other words
+    suffice to find a picture, and then the U-Net cannot tell them apart either; preference draws them apart."""
+    text_encoder = CLIPTextEncoder(**text_arguments(tokenizer))
+    text_encoder.text_model = scorer.text_model
+    return text_encoder
 
 
 # Judge
@@ -264,7 +273,7 @@ def make_unet(
         save_array(path, vae.to_latent(encode(vae, training["images"])).half().numpy())
     latents, pose_steps = torch.from_numpy(np.load(path)), run.recipe.pose_steps
     given = training["people"], text_encoder, tokenizer
-    with attention_backend():
+    with plain_attention():
         seconds = fit("unet", run.out, unet, unet_loss(unet, latents, *given, False), steps, 1e-3, run.seed + 3)
         loss = unet_loss(unet, latents, *given, True)
         seconds += fit("unet_pose", run.out, unet, loss, pose_steps, 7e-4, run.seed + 4)
