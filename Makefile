@@ -1,11 +1,26 @@
 # Each target sets up what it needs in .venv; `make demo` needs the six run-time packages alone.
 PYTHON ?= python3
+# For latents of 16x16 (the defaults are the paper's for SD1.5): see README.md.
+SMALL = --data demo/data --lr 5e-4 --beta 1000 --batch-size 32 --steps 120 --dtype bfloat16
+RUNS = demo/run demo/dpo demo/weak
 
-.PHONY: demo test bench lint clean
+.PHONY: demo results test bench lint clean
 
+# The whole job in five minutes. Drawing the pool takes the longest by far: for show it is drawn for six prompts, and
+# training goes on from the pairs of 640 prompts that ship with the checkpoint (paper_people/pairs.py).
 demo: .venv/core
-	.venv/bin/python generate.py --prompts paper_people/prompts_test.txt --limit 24 --steps 20 --out demo
-	@echo "Look at demo/sheet.png"
+	.venv/bin/python build_dataset.py --limit 6 --steps 10 --out demo/pool
+	.venv/bin/python -m paper_people.pairs --out demo/data
+	.venv/bin/python train.py --out demo/run $(SMALL) --lambda-stat 4e5
+	.venv/bin/python evaluate.py --lora demo/run/lora.safetensors --run demo/run --steps 10 --dtype bfloat16 --out demo/eval
+	@echo "Look at demo/eval/sheet.png (before over after) and open demo/eval/report.html"
+
+# README's table: without statistic matching, with the paper's lambda, with the one for this size; and LAN.
+results: demo
+	.venv/bin/python train.py --out demo/dpo $(SMALL) --loss dpo
+	.venv/bin/python train.py --out demo/weak $(SMALL)
+	.venv/bin/python evaluate.py --num-images 2 --steps 10 --dtype bfloat16 --out demo/results $(RUNS:%=--run %) --compare \
+	    dpo=demo/dpo/lora.safetensors,dpo-lan=demo/dpo/lora.safetensors+lan,hg-dpo-1e4=demo/weak/lora.safetensors,hg-dpo=demo/run/lora.safetensors
 
 test: .venv/test
 	.venv/bin/python -m pytest -q
@@ -13,6 +28,7 @@ test: .venv/test
 bench: .venv/test
 	.venv/bin/python benchmarks/sampling_step.py
 	.venv/bin/python benchmarks/loading.py
+	.venv/bin/python benchmarks/train_step.py
 
 lint: .venv/test
 	.venv/bin/ruff check .

@@ -9,7 +9,7 @@
 
 OUT/report.html         one page that opens from disk: tables, charts, and the pairs side by side, sorted by any scorer
 OUT/report.json         win rates with ties and 95 % intervals, mean scores, colour shift (Table 2), diversity, FID
-OUT/sheet.png           the first prompts' pictures, side under side
+OUT/sheet.png           twelve prompts' pictures, spread over the list, side under side
 OUT/images/SIDE/        the pictures, which a killed run does not draw again
 OUT/scores-SIDE.jsonl   a line a picture: its scores, its colours
 
@@ -219,7 +219,7 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
         write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
         write_text(out / "report.html", page(report, kept, scores, picture, {run: read_log(run) for run in args.run}))
         columns = min(SHEET_COLUMNS, len(kept))
-        shown = [(name, i) for name in names for i in range(columns)]
+        shown = [(name, i * len(kept) // columns) for name in names for i in range(columns)]
         captions = [" ".join([name, *(f"{scores[name][i][scorer]:.2f}" for scorer in scorers[:1]), kept[i]["prompt"]])
                     for name, i in shown]
         write_png(out / "sheet.png", sheet([picture(name, kept[i]) for name, i in shown], captions, columns))
