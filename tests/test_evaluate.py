@@ -192,6 +192,11 @@ def test_a_candidate_against_the_bare_model(run, loras, clip, red, prompts):
         assert text == Image.open(drawn / "00001.png").text["parameters"] and ("LoRA: " in text) == bool(more)
         assert lines(out / "images" / name / "images.jsonl") == lines(drawn / "images.jsonl")
 
+    page = np.asarray(Image.open(out / "sheet.png").convert("RGB"), dtype=int)      # a column a prompt, base on top
+    base, tuned = (pixels(out / "images" / name / "00000.png") for name in ("baseline", "candidate"))
+    scale = 192 // len(base)
+    assert np.array_equal(page[8:200:scale, 8:200:scale][:len(base)], base) and not np.array_equal(base, tuned)
+
     # The report says what the scorers say of these pictures.
     pictures = {side: [Image.open(out / "images" / side / f"{n:05d}.png") for n in range(5)] for side in found["sides"]}
     for name in (str(clip), red):
