@@ -187,6 +187,8 @@ def resume(args, out: Path, parameters: list[nn.Parameter], optimizer, per_step:
         raise UserError(f"{out}: holds other files and no run; choose another --out")
     else:
         write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    for left in out.rglob(".*.part"):      # of a file that was being written when the run was killed
+        left.unlink(missing_ok=True)
     state_file, log_file = out / "checkpoint" / "state.pt", out / "log.jsonl"
     step = 0
     if state_file.is_file():

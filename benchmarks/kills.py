@@ -3,7 +3,7 @@
     python benchmarks/kills.py [--kills 10] [--longest 2.0] [--seed 0]
 
 Each program runs once undisturbed, and once killed ten times, each time started again with the same command. Compared
-are all files, byte by byte; of log.jsonl all but the seconds.
+are all files, byte by byte; of log.jsonl all but the seconds, and of the training's state what is in it.
 """
 
 import argparse
@@ -15,9 +15,20 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 DATASET = ["build_dataset.py", "--limit", "40", "--pool-size", "4", "--steps", "4", "--keep", "pool"]
 TRAINING = ["train.py", "--steps", "60", "--save-every", "3", "--lr", "1e-3"]
+
+
+def plain(x):
+    """Tensors as bytes, so that == compares them."""
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [plain(value) for value in x]
+    return (x.dtype, x.shape, x.numpy().tobytes()) if isinstance(x, torch.Tensor) else x
 
 
 def contents(folder: Path) -> dict[str, object]:
@@ -25,6 +36,9 @@ def contents(folder: Path) -> dict[str, object]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.name.startswith(".lock"):
             files[str(path.relative_to(folder))] = path.read_bytes()
+    if "checkpoint/state.pt" in files:             # what is in it: pickle writes equal things in more than one way
+        state = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)
+        files["checkpoint/state.pt"] = plain(state)
     if "log.jsonl" in files:
         files["log.jsonl"] = [json.loads(line) | {"seconds": 0} for line in files["log.jsonl"].splitlines()]
     return files

@@ -42,6 +42,14 @@ class Clock:
         self.then = now
 
 
+def made(make, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """In its dtype from the start: a float32 copy would be the peak of memory."""
+    torch.set_default_dtype(dtype)
+    module = make().to(device).requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    return module
+
+
 def ours(args, device: torch.device, dtype: torch.dtype, clock: Clock):
     from torch.utils.checkpoint import checkpoint
 
@@ -49,7 +57,7 @@ def ours(args, device: torch.device, dtype: torch.dtype, clock: Clock):
     from model.unet import UNet
     from sampling import add_noise, make_alphas_cumprod
     from train import loss_of, make_optimizer, predictions
-    unet = UNet().to(device, dtype)
+    unet = made(UNet, device, dtype)
     parameters = inject_lora(unet)
     if args.gradient_checkpointing:
         for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
@@ -92,9 +100,9 @@ def peer(args, device: torch.device, dtype: torch.dtype, clock: Clock):
     def arguments(config: dict) -> dict:
         return {key: value for key, value in config.items() if key[0] != "_"}
 
-    vae = AutoencoderKL(**arguments(SD15["vae"])).to(device, dtype).requires_grad_(False)
-    text_encoder = CLIPTextModel(CLIPTextConfig(**SD15["text_encoder"])).to(device, dtype).requires_grad_(False)
-    unet = UNet2DConditionModel(**arguments(SD15["unet"])).to(device, dtype).requires_grad_(False)
+    vae = made(lambda: AutoencoderKL(**arguments(SD15["vae"])), device, dtype)
+    text_encoder = made(lambda: CLIPTextModel(CLIPTextConfig(**SD15["text_encoder"])), device, dtype)
+    unet = made(lambda: UNet2DConditionModel(**arguments(SD15["unet"])), device, dtype)
     unet.add_adapter(LoraConfig(
         r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
     if args.gradient_checkpointing:
