@@ -46,8 +46,9 @@ def unpack(out: Path) -> None:
         line = {key: value for key, value in lines[k].items() if key != "id"}
         context = encode_prompts([line["prompt"]], pipeline.tokenizer, pipeline.text_encoder)[0]
         tensors = {key: tensor[k] for key, tensor in latents.items()}
-        shown = to_images(decode(pipeline, torch.stack(list(tensors.values())))) if k < SHEET_PAIRS else []
-        return line, {**tensors, "context": context}, dict(zip("wl", shown))
+        kinds = "wl" if k < SHEET_PAIRS else ""
+        pictures = {kind: to_images(decode(pipeline, tensors[f"latents_{kind}"][None]))[0] for kind in kinds}
+        return line, {**tensors, "context": context}, pictures
 
     facts = {key: about[key] for key in ("model", "context_width", "scaling_factor", "latent")}
     if facts["scaling_factor"] != pipeline.vae.scaling_factor:

@@ -215,6 +215,10 @@ def test_shipped_pairs_are_those_that_the_checkpoint_draws(tmp_path, monkeypatch
             pipeline, context.expand(2, -1, -1), uncond.expand(2, -1, -1), seeds, 64, 64, options["steps"],
             options["guidance"])
         stored = torch.stack([shard["latents_w"][k], shard["latents_l"][k]]).float()
+        pictures = to_images(decode(load_pipeline("paper-people"), stored))
+        for kind, picture in zip("wl", pictures):
+            unpacked = np.asarray(Image.open(tmp_path / "images" / f"{line['id']}_{kind}.png"), dtype=int)
+            assert np.abs(unpacked - np.asarray(picture, dtype=int)).max() <= 2
         # Another processor rounds otherwise, and the sampler carries it on; another picture is 1.4 away.
         assert ((stored - latents).flatten(1).norm(dim=1) / latents.flatten(1).norm(dim=1)).max() < 0.2
     assert len(read_lines(pairs.PAIRS)) >= 512 and about["finished"]
