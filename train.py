@@ -152,6 +152,12 @@ def loss_of(args, eps: Tensor, eps_ref: Tensor, noise: Tensor, t: Tensor, alphas
     return loss, {"mse_w": loss.detach()}
 
 
+def checkpoint_blocks(unet: nn.Module) -> None:
+    """Keeps only the blocks' inputs for the backward pass, which computes the rest anew."""
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
 # The optimiser, and what is written
 
 def make_optimizer(args, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -328,8 +334,7 @@ def main() -> None:
             parameter.requires_grad_(True)
     optimizer = make_optimizer(args, parameters)
     if args.gradient_checkpointing:
-        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        checkpoint_blocks(unet)
     if args.compile:
         unet.compile()
 

@@ -16,7 +16,6 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,24 +50,20 @@ def made(make, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def ours(args, device: torch.device, dtype: torch.dtype, clock: Clock):
-    from torch.utils.checkpoint import checkpoint
-
+    from model.ldm import SD15
     from model.lora import inject_lora
     from model.unet import UNet
     from sampling import add_noise, make_alphas_cumprod
-    from train import loss_of, make_optimizer, predictions
+    from train import checkpoint_blocks, loss_of, make_optimizer, predictions
     unet = made(UNet, device, dtype)
     parameters = inject_lora(unet)
     if args.gradient_checkpointing:
-        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        checkpoint_blocks(unet)
     if args.compile:
         unet.compile()
     options = Namespace(loss="hg-dpo", beta=2500.0, lambda_stat=10000.0, optimizer="adamw", lr=1e-5)
     optimizer = make_optimizer(options, parameters)
-    alphas_cumprod = make_alphas_cumprod({
-        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
-        "trained_betas": None}).to(device)
+    alphas_cumprod = make_alphas_cumprod(SD15["scheduler"]).to(device)
     side = args.size // 8
     x0 = torch.randn(2, 4, side, side, device=device)
     context = torch.randn(1, 77, 768, device=device, dtype=dtype).repeat(2, 1, 1)
