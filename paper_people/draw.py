@@ -45,7 +45,7 @@ ATTRIBUTES = {
 ANATOMY_FAULTS = (
     "missing_arm", "extra_arm", "detached_arm", "long_arm", "missing_leg", "extra_leg", "detached_head",
 )
-CONTRADICTIONS = ("wrong_hair", "wrong_shirt", "wrong_trousers", "wrong_pose", "wrong_place")
+CONTRADICTIONS = ("wrong_who", "wrong_hair", "wrong_shirt", "wrong_trousers", "wrong_pose", "wrong_place")
 
 SKIN = ((252, 216, 184), (226, 174, 128), (158, 104, 70))
 OUTLINE = (34, 26, 34)

@@ -62,7 +62,7 @@ def test_bad_input_is_named():
         pp.parse_caption("a dog")
     with pytest.raises(ValueError, match="unknown fault 'wrong_hair'; allowed: missing_arm"):
         pp.draw(PERSON, 0, "wrong_hair")
-    with pytest.raises(ValueError, match="unknown contradiction 'extra_arm'; allowed: wrong_hair"):
+    with pytest.raises(ValueError, match="unknown contradiction 'extra_arm'; allowed: wrong_who"):
         pp.contradict(PERSON, "extra_arm", random.Random(0))
 
 
