@@ -100,18 +100,25 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
     return shapes, metadata
 
 
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle, which is opened for tensors only, so that no code in it can run; of a training
+    checkpoint its `state_dict`."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = tensors.get("state_dict", tensors)
+    except Exception:                          # zip, pickle and runtime errors alike mean a bad file
+        tensors = None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise UserError(f"{path}: cannot be read as plain tensors; download it again, or get a .safetensors")
+    return tensors
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a weight file. They are mapped, not read: what is not used costs nothing, and a tensor that is
-    kept as it is has no second copy. A `.bin` is opened for tensors only, so that no code in it can run."""
+    """All tensors of a `.safetensors` or a `.bin`. They are mapped, not read: what is not used costs nothing, and a
+    tensor that is kept as it is has no second copy."""
     path = Path(path)
     if path.suffix == ".bin":
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception:                      # zip, pickle and runtime errors alike mean a bad file
-            tensors = None
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise UserError(f"{path}: cannot be read as plain tensors; download it again, or get a .safetensors")
-        return tensors
+        return read_pickle(path)
     read_header(path)
     try:
         return load_file(path)

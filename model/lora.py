@@ -41,8 +41,14 @@ class Adapters(nn.Module):
         self.lora_on = True
 
     def add(self, name: str, A: Tensor, B: Tensor, alpha: float, weight: float = 1.0) -> None:
+        self.refuse_unless_on(name)
         self.lora_A[name], self.lora_B[name] = nn.Parameter(A), nn.Parameter(B)
         self.lora_alpha[name], self.lora_weight[name] = alpha, weight
+
+    def refuse_unless_on(self, name: str) -> None:
+        """Where others are merged a new LoRA would not act, and a new weight would not come apart again."""
+        if not self.lora_on:
+            raise UserError(f"LoRA {name!r}: the model's LoRAs are merged or switched off; unmerge_lora first")
 
     def active(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, float]]:
         """(A, B, scale) of every LoRA. A and B may be kept in float32 over a base in half precision."""
@@ -120,6 +126,7 @@ def set_lora_weight(model: nn.Module, weight: float, name: str = "default") -> N
     """How strongly one LoRA acts from now on: 1 as trained; the paper draws with 0.5."""
     for layer in lora_layers(model).values():
         if name in layer.lora_weight:
+            layer.refuse_unless_on(name)
             layer.lora_weight[name] = weight
 
 

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .errors import UserError
-from .files import read_tensors
+from .files import read_pickle, read_tensors
 from .hub import fetch
 
 PICKLES = (".pt", ".pth")
@@ -35,15 +34,5 @@ def find_file(source: str, *names: str) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors`, or of a pickle, which is opened for tensors only, so that no code in it can run;
-    of a training checkpoint its `state_dict`."""
-    if path.suffix not in PICKLES:
-        return read_tensors(path)
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        tensors = tensors.get("state_dict", tensors)
-    except Exception:                            # zip, pickle and runtime errors alike mean a bad file
-        tensors = None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UserError(f"{path}: cannot be read as plain tensors; download it again, or get a .safetensors")
-    return tensors
+    """The tensors of one file, a pickle too (see `read_pickle`)."""
+    return read_pickle(path) if path.suffix in PICKLES else read_tensors(path)

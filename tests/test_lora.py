@@ -205,6 +205,9 @@ def test_merging(unet, base):
         plain = UNet((32, 64, 96), (True, True, False), 2, 4, 32, 16)
     plain.load_state_dict(base_state_dict(unet), strict=True, assign=True)
     assert_same(run(plain), half, off)
+    for change in (lambda: inject_lora(unet, name="second"), lambda: set_lora_weight(unet, 1.0)):
+        with pytest.raises(UserError, match="unmerge_lora first"):               # neither would do what it says
+            change()
     unmerge_lora(unet)
     unmerge_lora(unet)
     assert_same(run(unet), half, off)
