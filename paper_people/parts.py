@@ -44,7 +44,7 @@ class Recipe:
     clip_steps: int = 400
     unet_steps: int = 2_400
     pose_steps: int = 300              # of the U-Net again, with weight on the noise levels that decide the pose
-    scorer_steps: int = 800
+    scorer_steps: int = 1_000
     judge_steps: int = 700
     samples: int = 500                 # pictures of test prompts that the judge counts
     pool_prompts: int = 60             # test prompts of which a pool of `pool` pictures each is drawn

@@ -87,8 +87,8 @@ def make_loss(student: Student, tokenizer: Tokenizer, triples: dict[str, np.ndar
         contrastive = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
 
         shown = torch.cat([people[rows], others[rows], people[rows]])[:len(x)]
-        attributes = sum(F.cross_entropy(a.float(), shown[:, i]) for i, a in enumerate(attribute_logits)) / 6
-        loss = contrastive + attributes
+        attributes = sum(F.cross_entropy(a.float(), shown[:, i]) for i, a in enumerate(attribute_logits))
+        loss = contrastive + attributes / 6
         values = {"contrastive": contrastive.detach(), "attributes": attributes.detach()}
         if preference:
             def score(image: Tensor, text: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def make_loss(student: Student, tokenizer: Tokenizer, triples: dict[str, np.ndar
             bradley_terry = 0.5 * bradley_terry[0].mean() + 0.5 * bradley_terry[1:].mean()
             anatomy = torch.cat([torch.zeros(2 * batch).long(), faults[rows]])
             seen_faults = F.cross_entropy(anatomy_logits.float(), anatomy)
-            loss = 0.3 * loss + 2 * bradley_terry + seen_faults
+            loss = 0.3 * contrastive + 2 * bradley_terry + attributes + seen_faults
             values |= {
                 "bradley_terry": bradley_terry.detach(), "anatomy": seen_faults.detach(),
                 "accuracy": (margins > 0).float().mean(dim=1)[0], "accuracy_text": (margins > 0).float().mean(dim=1)[1]}
