@@ -20,7 +20,8 @@ results: demo
 	.venv/bin/python train.py --out demo/dpo $(SMALL) --loss dpo
 	.venv/bin/python train.py --out demo/weak $(SMALL)
 	.venv/bin/python train.py --out demo/strong $(SMALL) --lambda-stat 4e6
-	.venv/bin/python evaluate.py --num-images 2 --steps 10 --dtype bfloat16 --out demo/results $(RUNS:%=--run %) --compare \
+	.venv/bin/python evaluate.py --num-images 2 --steps 10 --dtype bfloat16 --out demo/results $(RUNS:%=--run %) \
+	--scorers paper-people,judge,judge-right --compare \
 	dpo=demo/dpo/lora.safetensors,dpo-lan=demo/dpo/lora.safetensors+lan,\
 	hg-dpo-1e4=demo/weak/lora.safetensors,hg-dpo=demo/run/lora.safetensors,\
 	hg-dpo-4e6=demo/strong/lora.safetensors

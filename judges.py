@@ -35,13 +35,14 @@ from model.scorers import load_scorer
 from paper_people import judge as paper_judge
 from sampling import add_noise, encode_prompts, guided_eps
 
-PAPER_JUDGES = {"judge": "score", "judge-clean": "clean", "judge-matches": "matches"}           # see judge.py's Verdict
+PAPER_JUDGES = {                               # what they say of a picture: see paper_people/judge.py's Verdict
+    "judge": "score", "judge-clean": "clean", "judge-matches": "matches", "judge-right": "right"}
 DRAWS = 10                                     # steps and noises that the implicit reward is the mean of
 
 
 def load_judge(name: str, device: torch.device) -> Callable:
     """Any scorer of model/scorers.py, or the paper people's own judge: its score, or 1 for a picture without an anatomy
-    fault (judge-clean), or for one that shows all that its caption says (judge-matches)."""
+    fault (judge-clean), for one that shows all that its caption says (judge-matches), for both (judge-right)."""
     if name not in PAPER_JUDGES:
         return load_scorer(name, device)
     judge = paper_judge.load_judge(PAPER_PEOPLE / "judge")

@@ -54,6 +54,10 @@ class Verdict:
     fault: str | None                  # the most probable one of draw.ANATOMY_FAULTS
     shown: draw.Person                 # what the picture shows
 
+    @property
+    def right(self) -> bool:
+        return self.clean and self.matches
+
 
 @torch.no_grad()
 def judge_pictures(judge: Judge, images: list[Image.Image], captions: list[str]) -> list[Verdict]:

@@ -61,15 +61,11 @@ def show_samples(path: Path, pipeline: Pipeline, count: int = 48) -> None:
         write_png(path, sheet(draw_pictures(pipeline, prompts, list(range(count)), "drawing"), prompts, 8, 128))
 
 
-def right(verdict: Verdict) -> bool:
-    return verdict.clean and verdict.matches
-
-
 def flaw(verdict: Verdict, prompt: str) -> str:
     """What is wrong, in two words; the first attribute that differs where there are several."""
     described = draw.parse_caption(prompt)
     wrong = [f"wrong {name}" for name in draw.ATTRIBUTES if getattr(verdict.shown, name) != getattr(described, name)]
-    return "right" if right(verdict) else (verdict.fault or wrong[0]).replace("_", " ")
+    return "right" if verdict.right else (verdict.fault or wrong[0]).replace("_", " ")
 
 
 def measure_samples(count: int, out: Path, book: Book, pipeline: Pipeline, judge: Judge) -> None:
@@ -79,12 +75,12 @@ def measure_samples(count: int, out: Path, book: Book, pipeline: Pipeline, judge
     images = draw_pictures(pipeline, prompts, list(range(count)), "drawing samples")
     verdicts = judge_pictures(judge, images, prompts)
     described = [draw.parse_caption(prompt) for prompt in prompts]
-    order = sorted(range(count), key=lambda i: not right(verdicts[i]))[:24]
-    order += sorted(range(count), key=lambda i: right(verdicts[i]))[:24]
+    order = sorted(range(count), key=lambda i: not verdicts[i].right)[:24]
+    order += sorted(range(count), key=lambda i: verdicts[i].right)[:24]
     texts = [flaw(verdicts[i], prompts[i]) for i in order]
     write_png(out / "6_right_and_wrong.png", sheet([images[i] for i in order], texts, 12, 128))
     rgb = np.array([np.asarray(image, dtype=np.float32).mean((0, 1)) for image in images])       # (count, 3)
-    is_right = np.array([right(verdict) for verdict in verdicts])
+    is_right = np.array([verdict.right for verdict in verdicts])
     book.write(
         "samples", count=count, steps=SAMPLER_STEPS, guidance=GUIDANCE,
         clean=float(np.mean([verdict.clean for verdict in verdicts])),
@@ -112,7 +108,7 @@ def measure_pool(
     scores = scorer(images, repeated).reshape(prompts, size).numpy()
     verdicts = judge_pictures(judge, images, repeated)
     judged = np.array([verdict.score for verdict in verdicts]).reshape(prompts, size)
-    is_right = np.array([right(verdict) for verdict in verdicts], dtype=float).reshape(prompts, size)
+    is_right = np.array([verdict.right for verdict in verdicts], dtype=float).reshape(prompts, size)
     rows, best, worst = np.arange(prompts), scores.argmax(1), scores.argmin(1)
     # Against every other picture of its pool, that is, a random one in expectation.
     wins = (judged[rows, best][:, None] > judged).sum(1) / (size - 1)

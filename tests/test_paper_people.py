@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from build_dataset import read_lines
 from generate import decode, draw
+from judges import load_judge
 from model.checkpoint import PAPER_PEOPLE, load_pipeline
 from model.errors import UserError
 from model.files import read_json
@@ -173,15 +174,18 @@ def test_checkpoint_draws_people(triples):
     described = [world.parse_caption(prompt) for prompt in prompts]
     for name in ("who", "shirt", "trousers", "place"):
         assert sum(getattr(v.shown, name) == getattr(d, name) for v, d in zip(verdicts, described, strict=True)) >= 17
-    assert 0 < sum(verdict.clean and verdict.matches for verdict in verdicts) < 24
+    assert 0 < sum(verdict.right for verdict in verdicts) < 24
 
 
 def test_judge_reads_the_caption(triples):
     eye = judge.load_judge(PAPER_PEOPLE / "judge")
     person = data.person(triples["people"][0])
     image = Image.fromarray(triples["images"][0, 0])
-    verdict, other = judge.judge_pictures(eye, [image, image], [world.caption(person), PROMPT])
-    assert verdict.matches and verdict.shown == person and verdict.score > other.score
+    images, captions = [image, image], [world.caption(person), PROMPT]
+    verdict, other = judge.judge_pictures(eye, images, captions)
+    assert verdict.right and verdict.shown == person and verdict.score > other.score
+    for name, expected in (("judge-clean", [1, 1]), ("judge-matches", [1, 0]), ("judge-right", [1, 0])):
+        assert load_judge(name, torch.device("cpu"))(images, captions).tolist() == expected
     with pytest.raises(UserError, match="not a caption"):
         judge.judge_pictures(eye, [image], ["a dog on a beach"])
 
