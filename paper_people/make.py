@@ -1,6 +1,6 @@
 """Makes the miniature checkpoint of the paper people from nothing: it draws the pictures and trains every part.
 
-    python -m paper_people.make --out made            # about two hours on two cores; made/checkpoint is the result
+    python -m paper_people.make --out made            # about an hour on two cores; made/checkpoint is the result
     python -m paper_people.make --out try --quick     # half a minute: every stage, nothing learned
 
 In this order: autoencoder; words, a CLIP, and from it the preference scorer, whose text tower is also the U-Net's;
