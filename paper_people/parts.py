@@ -43,7 +43,7 @@ class Recipe:
     decoder_steps: int = 800
     clip_steps: int = 400
     unet_steps: int = 2_400
-    pose_steps: int = 300              # of the U-Net again, with weight on the noise levels that decide the pose
+    pose_steps: int = 500              # of the U-Net again, with weight on the noise levels that decide the pose
     scorer_steps: int = 1_000
     judge_steps: int = 700
     samples: int = 500                 # pictures of test prompts that the judge counts
