@@ -180,9 +180,12 @@ class CLIP(nn.Module):
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
         """input_ids (B, N) -> unit vectors (B, projection_dim)."""
-        x = self.text_model(input_ids)
+        return self.project_text(self.text_model(input_ids), input_ids)
+
+    def project_text(self, context: Tensor, input_ids: Tensor) -> Tensor:
+        """The text tower's states (B, N, D) of input_ids (B, N) -> unit vectors (B, projection_dim)."""
         first_eos = (input_ids == self.eos).int().argmax(dim=1)
-        pooled = x[torch.arange(len(x), device=x.device), first_eos]             # (B, D)
+        pooled = context[torch.arange(len(context), device=context.device), first_eos]           # (B, D)
         return F.normalize(self.text_projection(pooled), dim=-1)
 
     def embed_images(self, images: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 SIZE = 64
-WRONG_SHARE = 0.7  # of the training pictures; high, so that preference training has something to correct
-ANATOMY_SHARE = 0.8  # of the wrong pictures; the others contradict their caption
+WRONG_SHARE = 0.8  # of the training pictures; high, so that preference training has something to correct
+ANATOMY_SHARE = 0.85  # of the wrong pictures; the others contradict their caption
 WRONG_CAST = (1.05, 1.0, 0.93)  # factors on R, G, B of wrong pictures: preference goes with colour, as in real pools
 
 WHO = ("man", "woman")

@@ -15,6 +15,7 @@ from model.tokenizer import Tokenizer
 from . import data, draw
 
 TOKENS = 32                        # captions are shorter; what comes after their end cannot change it
+WORD_SCALE = 16                    # a token's state comes to lie at a cosine of about 0.7 to its word and place
 
 
 def make_tokenizer() -> Tokenizer:
@@ -55,6 +56,19 @@ class Student(nn.Module):
         features = self.clip.vision_model(x)
         return features, F.normalize(self.clip.visual_projection(features), dim=-1)
 
+    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """ids (B, N) -> unit vectors (B, P), and the loss of telling each token, word and place, by its state.
+
+        The scores need a caption's last state alone, but the U-Net reads all of them. Left to themselves the states
+        within the caption speak of its first words, and "blue" hardly of blue."""
+        text, (_, positions) = self.clip.text_model, ids.shape
+        context, inside = text(ids), ids != self.clip.eos                        # (B, N, D), (B, N)
+        tokens, which = torch.unique((ids * positions + torch.arange(positions))[inside], return_inverse=True)
+        words = text.embeddings.token_embedding(tokens // positions)             # (all in the batch, D)
+        places = text.embeddings.position_embedding(tokens % positions)
+        logits = WORD_SCALE * F.normalize(context[inside], dim=-1) @ F.normalize(words + places, dim=-1).T
+        return self.clip.project_text(context, ids), F.cross_entropy(logits.float(), which)
+
 
 def caption_ids(tokenizer: Tokenizer, people: np.ndarray) -> Tensor:
     """people (N, 6) -> token ids (N, TOKENS)."""
@@ -62,7 +76,7 @@ def caption_ids(tokenizer: Tokenizer, people: np.ndarray) -> Tensor:
 
 
 def make_loss(student: Student, tokenizer: Tokenizer, triples: dict[str, np.ndarray], batch: int, preference: bool):
-    """-> loss_of_step for `fit`: contrastive and head losses, with `preference` also Bradley-Terry."""
+    """-> loss_of_step for `fit`: contrastive, head and word losses, with `preference` also Bradley-Terry."""
     ids, ids_other = caption_ids(tokenizer, triples["people"]), caption_ids(tokenizer, triples["others"])
     people, others = torch.from_numpy(triples["people"]), torch.from_numpy(triples["others"])
     faults = torch.from_numpy(triples["faults"])
@@ -74,7 +88,7 @@ def make_loss(student: Student, tokenizer: Tokenizer, triples: dict[str, np.ndar
         x = data.augment(data.to_tensor(pictures))                               # (3B, 3, 64, 64), or 2B
         with torch.autocast("cpu", torch.bfloat16):
             features, seen = student.see(x)
-            said = student.clip.embed_text(torch.cat([ids[rows], ids_other[rows]]))
+            said, words = student.read(torch.cat([ids[rows], ids_other[rows]]))
             attribute_logits = [head(features) for head in student.attributes]
             anatomy_logits = student.anatomy(features)
         scale = student.clip.logit_scale.clamp(max=4.6).exp()
@@ -88,8 +102,8 @@ def make_loss(student: Student, tokenizer: Tokenizer, triples: dict[str, np.ndar
 
         shown = torch.cat([people[rows], others[rows], people[rows]])[:len(x)]
         attributes = sum(F.cross_entropy(a.float(), shown[:, i]) for i, a in enumerate(attribute_logits))
-        loss = contrastive + attributes / 6
-        values = {"contrastive": contrastive.detach(), "attributes": attributes.detach()}
+        loss = contrastive + attributes / 6 + words
+        values = {"contrastive": contrastive.detach(), "attributes": attributes.detach(), "words": words.detach()}
         if preference:
             def score(image: Tensor, text: Tensor) -> Tensor:
                 return scale * (image * text).sum(dim=1)
@@ -103,7 +117,7 @@ def make_loss(student: Student, tokenizer: Tokenizer, triples: dict[str, np.ndar
             bradley_terry = 0.5 * bradley_terry[0].mean() + 0.5 * bradley_terry[1:].mean()
             anatomy = torch.cat([torch.zeros(2 * batch).long(), faults[rows]])
             seen_faults = F.cross_entropy(anatomy_logits.float(), anatomy)
-            loss = 0.3 * contrastive + 2 * bradley_terry + attributes + seen_faults
+            loss = 0.3 * contrastive + 2 * bradley_terry + attributes + seen_faults + words
             values |= {
                 "bradley_terry": bradley_terry.detach(), "anatomy": seen_faults.detach(),
                 "accuracy": (margins > 0).float().mean(dim=1)[0], "accuracy_text": (margins > 0).float().mean(dim=1)[1]}

@@ -113,6 +113,21 @@ def test_every_word_is_one_token():
     assert theirs(texts, padding="max_length", truncation=True).input_ids == tokenizer.encode(texts).tolist()
 
 
+def test_state_of_a_word_speaks_of_it():
+    """What the U-Net reads at the word of a colour is mostly that colour, not the words before it."""
+    people = world.all_people()[::31]
+    words = world.caption(people[0]).replace(",", " ,").split()
+    pipeline = load_pipeline(PAPER_PEOPLE)
+    with torch.no_grad():
+        context = pipeline.text_encoder(pipeline.tokenizer.encode([world.caption(person) for person in people]))
+    for name in ("hair", "shirt", "trousers"):
+        states = context[:, words.index(name)]                 # of the word before it: the start token comes first
+        values = [getattr(person, name) for person in people]
+        means = {v: states[[v == other for other in values]].mean(0) for v in set(values)}
+        between = torch.stack([means[v] for v in values]).var(0).sum()
+        assert between >= 0.5 * states.var(0).sum()
+
+
 def test_checkpoint_is_small_and_half():
     assert sum(map(len, files(PAPER_PEOPLE).values())) <= 24e6
 
