@@ -64,8 +64,8 @@ The judge on attributes: {judge_attributes}.
 ## Limits
 It knows {words} words; others come out somehow. The judge learned on drawn pictures sent through the VAE, not on
 generated ones, so its figures on samples are estimates; faults that nobody drew (a smudged hand, a second sun) are no
-kind of its own to either scorer or judge. One training seed; with it, on the same machine, the weights come out the same
-to the last bit.
+kind of its own to either scorer or judge. One training seed. The same seed on the same machine gives the same weights
+to the last bit (of two short runs, `tests/test_paper_people.py` compares them).
 
 ## Its pairs
 
