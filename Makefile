@@ -25,6 +25,7 @@ results: demo
 	dpo=demo/dpo/lora.safetensors,dpo-lan=demo/dpo/lora.safetensors+lan,\
 	hg-dpo-1e4=demo/weak/lora.safetensors,hg-dpo=demo/run/lora.safetensors,\
 	hg-dpo-4e6=demo/strong/lora.safetensors
+	.venv/bin/python -m paper_people.before_after demo/results demo/results/before_after.png
 
 test: .venv/test
 	.venv/bin/python -m pytest -q

@@ -48,7 +48,7 @@ th { font-weight: 600; } tr:last-child > * { border-bottom: 0; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .9rem 1rem; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); }
 svg { display: block; width: 100%; overflow: visible; } svg * { vector-effect: non-scaling-stroke; fill: none; }
-.bar { display: grid; grid-template-columns: 9rem 1fr 4.2rem 16rem; align-items: center; gap: 0 .8rem; }
+.bar { display: grid; grid-template-columns: 9rem 1fr 4.2rem 17.5rem; align-items: center; gap: 0 .8rem; }
 .bar b { text-align: right; white-space: nowrap; } .bar svg { height: 16px; }
 .bars h3 { margin: .8rem 0 .2rem; } .bars h3:first-child { margin-top: 0; }
 .rail { stroke: var(--line); } .half { stroke: var(--soft); stroke-dasharray: 2 3; }

@@ -1,0 +1,38 @@
+"""The README's picture, from what `make results` drew: twelve test pictures that the judge calls wrong, evenly spaced
+among all such, and below them the same seeds after HG-DPO.
+
+    python -m paper_people.before_after demo/results before_after.png
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from model.checkpoint import PAPER_PEOPLE
+from pictures import sheet, write_png
+
+from .judge import judge_pictures, load_judge
+from .measure import flaw
+
+
+def main(results: Path, out: Path) -> None:
+    judge, images, flaws = load_judge(PAPER_PEOPLE / "judge"), {}, {}
+    for side in ("baseline", "hg-dpo"):
+        folder = results / "images" / side
+        rows = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
+        prompts = [row["prompt"] for row in rows]
+        images[side] = [Image.open(folder / row["file"]) for row in rows]
+        verdicts = judge_pictures(judge, images[side], prompts)
+        flaws[side] = [flaw(verdict, prompt) for verdict, prompt in zip(verdicts, prompts)]
+    wrong = [i for i, name in enumerate(flaws["baseline"]) if name != "right"]
+    chosen = [wrong[k * len(wrong) // 12] for k in range(12)]
+    shown = [(side, i) for six in (chosen[:6], chosen[6:]) for side in images for i in six]
+    texts = [f"{'before' if side == 'baseline' else 'after'}: {flaws[side][i]}. {prompts[i]}" for side, i in shown]
+    write_png(out, sheet([images[side][i] for side, i in shown], texts, 6, 192))
+    print(f"{out}: 12 of the {len(wrong)} pictures that are wrong before")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
