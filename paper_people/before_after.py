@@ -1,15 +1,16 @@
 """The README's picture, from what `make results` drew: twelve test pictures that the judge calls wrong, evenly spaced
 among all such, and below them the same seeds after HG-DPO.
 
-    python -m paper_people.before_after demo/results before_after.png
+    python -m paper_people.before_after demo/results demo/results/before_after.png
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from PIL import Image
 
+import cli
 from model.checkpoint import PAPER_PEOPLE
 from pictures import sheet, write_png
 
@@ -17,10 +18,14 @@ from .judge import judge_pictures, load_judge
 from .measure import flaw
 
 
-def main(results: Path, out: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    parser.add_argument("results", type=Path, help="what evaluate.py wrote for `make results`")
+    parser.add_argument("out", type=Path, help="the picture's file")
+    args = parser.parse_args()
     judge, images, flaws = load_judge(PAPER_PEOPLE / "judge"), {}, {}
     for side in ("baseline", "hg-dpo"):
-        folder = results / "images" / side
+        folder = args.results / "images" / side
         rows = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
         prompts = [row["prompt"] for row in rows]
         images[side] = [Image.open(folder / row["file"]) for row in rows]
@@ -30,9 +35,9 @@ def main(results: Path, out: Path) -> None:
     chosen = [wrong[k * len(wrong) // 12] for k in range(12)]
     shown = [(side, i) for six in (chosen[:6], chosen[6:]) for side in images for i in six]
     texts = [f"{'before' if side == 'baseline' else 'after'}: {flaws[side][i]}. {prompts[i]}" for side, i in shown]
-    write_png(out, sheet([images[side][i] for side, i in shown], texts, 6, 192))
-    print(f"{out}: 12 of the {len(wrong)} pictures that are wrong before")
+    write_png(args.out, sheet([images[side][i] for side, i in shown], texts, 6, 192))
+    print(f"{args.out}: 12 of the {len(wrong)} pictures that are wrong before")
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    cli.run(main)

@@ -15,7 +15,7 @@ from model.tokenizer import Tokenizer
 from . import data, draw
 
 TOKENS = 32                        # captions are shorter; what comes after their end cannot change it
-WORD_SCALE = 16                    # a token's state comes to lie at a cosine of about 0.7 to its word and place
+WORD_SCALE = 16                    # a token's state comes to lie at a cosine of about 0.8 to its word and place
 
 
 def make_tokenizer() -> Tokenizer:
