@@ -1,5 +1,6 @@
 """Small random checkpoints that diffusers and transformers made: the oracles' own files are what we load."""
 
+import signal
 import sys
 
 import pytest
@@ -9,6 +10,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 
 import cli
 from model.tokenizer import Tokenizer
+
+# What runs in the background ignores Ctrl-C, and so would the programs that the tests start and stop with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Three levels, unequal widths, one without attention: what hides a mistake in a network of two equal levels.
 UNET = dict(
