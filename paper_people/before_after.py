@@ -12,6 +12,7 @@ from PIL import Image
 
 import cli
 from model.checkpoint import PAPER_PEOPLE
+from model.errors import UserError
 from pictures import sheet, write_png
 
 from .judge import judge_pictures, load_judge
@@ -32,6 +33,8 @@ def main() -> None:
         verdicts = judge_pictures(judge, images[side], prompts)
         flaws[side] = [flaw(verdict, prompt) for verdict, prompt in zip(verdicts, prompts)]
     wrong = [i for i, name in enumerate(flaws["baseline"]) if name != "right"]
+    if len(wrong) < 12:
+        raise UserError(f"{args.results}: the judge calls {len(wrong)} pictures wrong, the picture needs 12; draw more")
     chosen = [wrong[k * len(wrong) // 12] for k in range(12)]
     shown = [(side, i) for six in (chosen[:6], chosen[6:]) for side in images for i in six]
     texts = [f"{'before' if side == 'baseline' else 'after'}: {flaws[side][i]}. {prompts[i]}" for side, i in shown]
