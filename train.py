@@ -179,9 +179,10 @@ def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
             p.grad.copy_(grad.view_as(p))
 
 
-def resume(args, out: Path, parameters: list[nn.Parameter], optimizer, per_step: int) -> int:
-    """The step that the run in `out` has reached: 0 for a new one. Refuses a folder that is not this run's."""
+def claim(args, out: Path, per_step: int) -> None:
+    """Makes `out` the folder of this run, or goes on in it; refuses one that is not this run's."""
     config = {name: getattr(args, name) for name in FIXED} | {"pairs_per_step": per_step}
+    left = list(out.rglob(".*.part"))      # of files that were being written when the run was killed
     if (out / "config.json").is_file():
         before = read_json(out / "config.json")
         for name, value in config.items():
@@ -189,23 +190,27 @@ def resume(args, out: Path, parameters: list[nn.Parameter], optimizer, per_step:
                 raise UserError(
                     f"{out}: begun with --{name.replace('_', '-')} {before.get(name)}, and now it is {value}; "
                     "go on with the old value, or choose another --out")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and set(out.iterdir()) - set(left):
         raise UserError(f"{out}: holds other files and no run; choose another --out")
     else:
         write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-    for left in out.rglob(".*.part"):      # of a file that was being written when the run was killed
-        left.unlink(missing_ok=True)
-    state_file, log_file = out / "checkpoint" / "state.pt", out / "log.jsonl"
-    step = 0
+    for part in left:
+        part.unlink()
+
+
+def resume(out: Path, parameters: list[nn.Parameter], optimizer, rank: int) -> int:
+    """The step that the run in `out` has reached, with its parameters and optimizer; 0 for a new one."""
+    state_file, step = out / "checkpoint" / "state.pt", 0
     if state_file.is_file():
         state = torch.load(state_file, map_location="cpu", weights_only=True)
         step = state["step"]
         optimizer.load_state_dict(state["optimizer"])
         for parameter, saved in zip(parameters, state["parameters"]):
             parameter.data.copy_(saved)
-    if log_file.is_file():                 # a killed run has logged steps past its checkpoint; they are done again
-        lines = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] <= step]
-        write_text(log_file, "".join(line + "\n" for line in lines))
+    for log_file in (out / "log.jsonl", out / "watch.jsonl"):
+        if rank == 0 and log_file.is_file():   # a killed run has logged steps past its checkpoint; they come again
+            lines = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] <= step]
+            write_text(log_file, "".join(line + "\n" for line in lines))
     return step
 
 
@@ -340,7 +345,11 @@ def main() -> None:
 
     out = Path(args.out)
     per_step = args.batch_size * args.grad_accum * world
-    start = resume(args, out, parameters, optimizer, per_step)
+    if rank == 0:                                          # it alone writes in the folder; the others wait for it
+        claim(args, out, per_step)
+    if world > 1:
+        dist.barrier()
+    start = resume(out, parameters, optimizer, rank)
     print(
         f"{args.loss} on {len(pairs)} pairs of {args.data}, {sum(p.numel() for p in parameters):,} parameters of "
         f"{args.model}, {per_step} pairs a step, steps {start + 1} to {args.steps}, on {world} x {device} in {dtype}")

@@ -120,13 +120,16 @@ def test_killed_and_resumed_is_the_run_that_was_not(extra, options, program, tmp
 
 
 def test_two_processes_are_one_with_twice_the_batch(options, program, tmp_path):
-    """Under torchrun with gloo; and so is one with two batches a step."""
+    """Under torchrun with gloo, begun where a run was killed at its first file; and so is one with two batches a
+    step."""
     one, two, accumulated = (tmp_path / name for name in ("one", "two", "accumulated"))
+    two.mkdir()
+    (two / ".config.json.1.part").touch()
     steps = ["--steps", 3, "--batch-size"]
     assert program(train, *options, "--out", one, *steps, 4) == 0
     assert program(train, *options, "--out", accumulated, *steps, 2, "--grad-accum", 2) == 0
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29577", "train.py",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
          *map(str, [*options, "--out", two, *steps, 2])],
         cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     for other in (two, accumulated):
