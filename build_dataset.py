@@ -192,6 +192,14 @@ def locked(out: Path, part: int, parts: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def in_turn(out: Path) -> Iterator[None]:
+    """One job after another, at what each of a folder's jobs begins and ends with."""
+    with open(out / ".lock-turn", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
+
+
 def begin(out: Path, options: dict) -> None:
     """Notes the options of a new dataset; refuses a folder with other contents, and options that have changed."""
     if (out / "dataset.json").is_file():
@@ -324,7 +332,8 @@ def main() -> None:
         "model": args.model, "context_width": pipeline.context_width, "scaling_factor": pipeline.vae.scaling_factor,
         "latent": [4, args.height // pipeline.vae.downscale, args.width // pipeline.vae.downscale]}
     with locked(out, part, parts):
-        begin(out, options)
+        with in_turn(out):
+            begin(out, options)
         scored = f"{args.pool_size} pictures each, scored by {args.scorer}" if scorer else "nothing to draw"
         print(f"{rows} rows to {out}, {scored}; {args.model} on {device} in {args.dtype}, job {part + 1} of {parts}")
         mine = [s for s in range(part, shards, parts) if not (out / f"shard-{s:05d}.safetensors").is_file()]
@@ -333,7 +342,8 @@ def main() -> None:
             make_row(out, k, make, about)
             if (k + 1) % SHARD == 0 or k + 1 == rows:
                 join_rows(out, k // SHARD, range(k // SHARD * SHARD, k + 1))
-        finish(out, options, facts, shards)
+        with in_turn(out):
+            finish(out, options, facts, shards)
         if args.export_pickapic and is_finished(out):
             export_pickapic(out, Path(args.export_pickapic))
 

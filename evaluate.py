@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 import cli
-from build_dataset import locked
+from build_dataset import in_turn, locked
 from judgement import HSV, colour_shift, colours, win_rate
 from judges import ImplicitReward, chunked, join_scores, load_judge, load_spread, measure
 from model.errors import UserError
@@ -112,11 +112,13 @@ def begin(out: Path, options: dict, sides: list[Side], rows: list[dict]) -> None
     elif any(path.name[0] != "." for path in out.iterdir()):
         raise UserError(f"{out}: holds other files and no evaluation; choose another --out")
     listing = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    for path in [side.folder(out) / "images.jsonl" for side in sides if rows and not side.drawn]:
+    listings = [side.folder(out) / "images.jsonl" for side in sides if rows and not side.drawn]
+    for path in listings:
         if path.is_file() and path.read_text(encoding="utf-8") != listing:
             raise UserError(f"{out}: begun with other prompts than --prompts has now; choose another --out")
-        write_text(path, listing)
     write_text(out / "evaluation.json", json.dumps({"options": options, "sides": what}, indent=2) + "\n")
+    for path in listings:
+        write_text(path, listing)
 
 
 # Judging
@@ -190,7 +192,8 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
         return open_picture(folders[side] / row["file"])
 
     with locked(out, part, parts):
-        begin(out, vars(args), sides, rows)
+        with in_turn(out):
+            begin(out, vars(args), sides, rows)
         print(
             f"{len(rows)} pictures of {args.width}x{args.height} a side to {out}, on {device} in {args.dtype}, job "
             f"{part + 1} of {parts}: " + "; ".join(f"{side.name} is {side}" for side in sides))
@@ -199,7 +202,8 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
             draw_side(args, side, out, chunks, device, dtype)
         problems = measure(out, names, chunks, picture, judges, f"{part}-of-{parts}")
         all_drawn = all((folders[name] / row["file"]).is_file() for name in names for row in rows)
-        joined = join_scores(out, names, rows, list(judges), picture, problems) if all_drawn else None
+        with in_turn(out):
+            joined = join_scores(out, names, rows, list(judges), picture, problems) if all_drawn else None
         if joined is None:
             print(f"{out}: this job's part is done; the others' are not")
             return problems
@@ -246,11 +250,13 @@ def preference_accuracy(
 
     names = ["preferred", "other"]
     with locked(out, part, parts):
-        begin(out, vars(args), [policy] if args.lora else [], [])
+        with in_turn(out):
+            begin(out, vars(args), [policy] if args.lora else [], [])
         print(f"{len(pairs)} preferences to {out}, judged by {', '.join(judges)}, job {part + 1} of {parts}")
         chunks = chunked(rows, args.batch_size)[part::parts]
         problems = measure(out, names, chunks, picture, judges, f"{part}-of-{parts}")
-        joined = join_scores(out, names, rows, list(judges), picture, problems)
+        with in_turn(out):
+            joined = join_scores(out, names, rows, list(judges), picture, problems)
         if joined is None:
             print(f"{out}: this job's part is done; the others' are not")
             return problems

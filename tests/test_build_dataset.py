@@ -94,12 +94,22 @@ def test_killed_at_any_moment_it_ends_the_same(seed, whole, options, tmp_path):
     assert contents(out) == contents(whole)
 
 
-def test_two_jobs_make_what_one_does(options, program, tmp_path, monkeypatch):
-    """With a file a prompt; the last job to end writes the summary, and only the options say who made it."""
-    monkeypatch.setattr(build_dataset, "SHARD", 1)
+def start(*options, before: str = "") -> subprocess.Popen:
+    """The program as a process of its own, with `before` done to it."""
+    code = (
+        f"import sys, cli, build_dataset\n{before}\n"
+        f"sys.argv = {['build_dataset.py', *map(str, options)]}\ncli.run(build_dataset.main)")
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_jobs_make_what_one_does(options, tmp_path):
+    """At the same time, with a file a prompt; the last to end writes the summary, and only the options say who made
+    it."""
     for out, shards in (("one", [[]]), ("two", [["--shard", "1/2"], ["--shard", "0/2"]])):
-        for shard in shards:
-            assert program(build_dataset, *options, "--out", tmp_path / out, *shard) == 0
+        jobs = [start(*options, "--out", tmp_path / out, *shard, before="build_dataset.SHARD = 1") for shard in shards]
+        assert [(job.communicate()[1].count("Traceback"), job.returncode) for job in jobs] == [(0, 0)] * len(jobs)
     assert contents(tmp_path / "one") == contents(tmp_path / "two") and len(lines_of(tmp_path / "two")) == 4
     assert SHARD == 64
 
@@ -129,14 +139,11 @@ def test_reselect_draws_nothing(whole, options, program, tmp_path):
         assert torch.equal(shard["latents_l"][k], pool[k, order[2]])
 
 
-def test_a_second_process_is_refused(whole, options, program, capsys):
+def test_a_second_process_is_refused(whole, options):
     with build_dataset.locked(whole, 0, 1):
-        code = (
-            "import sys, cli, build_dataset\n"
-            f"sys.argv = {['build_dataset.py', *map(str, options), '--keep', 'pool', '--out', str(whole)]}\n"
-            "cli.run(build_dataset.main)")
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "another process is at work in it" in done.stderr and "Traceback" not in done.stderr
+        job = start(*options, "--keep", "pool", "--out", whole)
+        stderr = job.communicate()[1]
+    assert job.returncode == 2 and "another process is at work in it" in stderr and "Traceback" not in stderr
 
 
 @pytest.mark.parametrize("change, words", [
@@ -164,6 +171,7 @@ def test_ctrl_c_saves(options, whole, tmp_path):
     command = [sys.executable, "build_dataset.py", *map(str, options), "--keep", "pool", "--out", str(out)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     while not (out / "dataset.json").exists():
+        assert process.poll() is None
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
     assert "Traceback" not in process.communicate()[1] and process.returncode in (0, 130)

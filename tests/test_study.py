@@ -288,7 +288,7 @@ def test_in_a_browser(browser, evaluation, tmp_path):
             return browser.execute_script("return document.body ? document.body.innerText : ''")
 
         def until(text: str) -> None:
-            end = time.monotonic() + 20
+            end = time.monotonic() + 60
             # `ready` is the page's own: a choice counts from shortly after both pictures are there.
             while text not in body() or not browser.execute_script("return typeof ready === 'undefined' || ready"):
                 assert time.monotonic() < end, f"{text!r} is not on the page: {body()!r}"
@@ -343,7 +343,7 @@ def test_in_a_browser(browser, evaluation, tmp_path):
         assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
         assert [entry["message"] for entry in browser.get_log("browser")] == []
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=20)
+        said, _ = process.communicate(timeout=60)
         assert process.returncode == 0 and "stopped; every answer is in" in said and "Traceback" not in said
     finally:
         if process.poll() is None:
