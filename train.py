@@ -34,6 +34,7 @@ from model.checkpoint import Pipeline, load_pipeline
 from model.errors import UserError
 from model.files import atomic_write, read_header, read_json, write_tensors, write_text
 from model.lora import inject_lora, load_lora, lora_disabled, save_lora
+from model.unet import GEGLU, ResBlock, Upsample
 from pictures import curves, sheet, to_images, write_png
 from sampling import add_noise, encode_prompts
 
@@ -152,10 +153,22 @@ def loss_of(args, eps: Tensor, eps_ref: Tensor, noise: Tensor, t: Tensor, alphas
     return loss, {"mse_w": loss.detach()}
 
 
+CHEAP = {ResBlock: ("in_layers", "out_layers"), GEGLU: ("gated",), Upsample: ("forward",)}
+
+
+def checkpoint_cheap(unet: nn.Module) -> None:
+    """Keeps only the inputs of norms, activations and enlargements for the backward pass, which computes the rest anew.
+    The convolutions behind them are not run again: checkpoint stops at the last tensor that it misses."""
+    for module in unet.modules():
+        for name in CHEAP.get(type(module), ()):
+            setattr(module, name, partial(
+                checkpoint, getattr(module, name), use_reentrant=False, preserve_rng_state=False))
+
+
 def checkpoint_blocks(unet: nn.Module) -> None:
     """Keeps only the blocks' inputs for the backward pass, which computes the rest anew."""
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 # The optimiser, and what is written
@@ -341,7 +354,9 @@ def main() -> None:
     if args.gradient_checkpointing:
         checkpoint_blocks(unet)
     if args.compile:
-        unet.compile()
+        unet.compile()                                     # which finds what is cheap for itself
+    else:
+        checkpoint_cheap(unet)
 
     out = Path(args.out)
     per_step = args.batch_size * args.grad_accum * world

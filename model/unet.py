@@ -54,10 +54,15 @@ class ResBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))                                    # (B, c_out, H, W)
-        h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.in_layers(x) + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        h = self.out_layers(h)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+    def in_layers(self, x: Tensor) -> Tensor:
+        return self.conv1(F.silu(self.norm1(x)))                                 # (B, c_out, H, W)
+
+    def out_layers(self, h: Tensor) -> Tensor:
+        return self.conv2(F.silu(self.norm2(h)))                                 # (B, c_out, H, W)
 
 
 class Attention(nn.Module):
@@ -86,7 +91,10 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
+        return self.gated(self.proj(x))
+
+    def gated(self, h: Tensor) -> Tensor:
+        value, gate = h.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
 
