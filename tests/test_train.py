@@ -1,5 +1,6 @@
 """train.py: a run that was killed, or split over processes, is the run that was not; bad data stops it with a line."""
 
+import copy
 import json
 import math
 import os
@@ -12,10 +13,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import train
 from model.checkpoint import load_pipeline
-from model.lora import load_lora
+from model.lora import inject_lora, load_lora
+from model.unet import UNet
 
 ROOT = Path(__file__).parent.parent
 ROWS = 12
@@ -152,6 +155,31 @@ def test_variants_run(extra, options, program, tmp_path):
         assert program(train, *options, "--out", tmp_path / "plain", "--steps", 2) == 0
         plain, run = (tmp_path / name / "lora.safetensors" for name in ("plain", "run"))
         assert plain.read_bytes() == run.read_bytes()
+
+
+def bytes_kept(unet: UNet, inputs: tuple) -> int:
+    """What autograd keeps (what a checkpoint keeps is an input of it) in one pass, forth and back."""
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or len(kept) - 1, lambda i: kept[i]):
+        unet(*inputs).square().sum().backward()
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}.values())
+
+
+def test_what_is_cheap_is_not_kept_for_the_backward_pass():
+    """Computing it anew changes no bit of a gradient, within gradient checkpointing neither."""
+    plain = UNet((32, 64), (True, True), 1, 4, 32, 8)
+    for parameter in inject_lora(plain, rank=4):
+        nn.init.normal_(parameter)
+    lean, leaner = copy.deepcopy(plain), copy.deepcopy(plain)
+    train.checkpoint_blocks(leaner)
+    train.checkpoint_cheap(lean)
+    train.checkpoint_cheap(leaner)
+    inputs = torch.randn(2, 4, 9, 7), torch.tensor([3, 500]), torch.randn(2, 77, 32)
+    most, less, least = (bytes_kept(unet, inputs) for unet in (plain, lean, leaner))
+    assert most > 1.2 * less and less > least
+    for others in zip(*(unet.parameters() for unet in (plain, lean, leaner)), strict=True):
+        assert all(other.grad is None or torch.equal(other.grad, others[0].grad) for other in others)
+    assert sum(parameter.grad is not None for parameter in lean.parameters()) == 112
 
 
 def test_starting_from_a_lora_keeps_the_bare_reference(options, program, tmp_path):
