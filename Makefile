@@ -1,7 +1,7 @@
 # Each target sets up what it needs in .venv; `make demo` needs the six run-time packages alone.
 PYTHON ?= python3
 # For latents of 16x16 (the defaults are the paper's for SD1.5): see README.md.
-SMALL = --data demo/data --lr 5e-4 --beta 1000 --batch-size 32 --steps 120 --dtype bfloat16
+SMALL = --data demo/data --lr 5e-4 --beta 1000 --batch-size 32 --steps 60 --dtype bfloat16
 RUNS = demo/run demo/dpo demo/weak demo/strong
 
 .PHONY: demo results test bench lint clean

@@ -34,7 +34,7 @@ from model.errors import UserError
 from model.files import read_json, write_text
 from pictures import sheet, write_png
 from preferences import read_pairs
-from report import page, read_log
+from report import page, read_log, rgb_shift
 from score import open_picture
 from sides import Side, draw_side, load_side, make_rows, parse_sides
 
@@ -169,8 +169,8 @@ def print_candidates(candidates: dict[str, dict], scorers: list[str]) -> None:
         shift = found["colour_shift"]
         changes = ["-" if shift[channel] is None else f"{shift[channel]:+.1f} %" for channel in HSV]
         rates = [won(found["win_rate"][scorer]) for scorer in scorers]
-        lines.append([name, *rates, *changes, f"{shift['hue_degrees']:.1f}"])
-    print_table(["", *scorers, *HSV, "hue degrees"], lines)
+        lines.append([name, *rates, *changes, f"{shift['hue_degrees']:.1f}", rgb_shift(shift)])
+    print_table(["", *scorers, *HSV, "hue degrees", "RGB of 255"], lines)
 
 
 def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int, parts: int) -> dict[str, str]:

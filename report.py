@@ -157,6 +157,10 @@ def percent(value: float | None, sign: str = "") -> str:
     return "-" if value is None else f"{value:{sign}.1f} %"
 
 
+def rgb_shift(shift: dict) -> str:
+    return " ".join(f"{levels:+.1f}" for levels in shift["rgb"])
+
+
 def headline(report: dict, sides: list[str], scorers: list[str]) -> str:
     """A row a side: win rates over mean scores, and the colour shift."""
     extra = [name for name in ("diversity", "fid") if name in report]
@@ -169,12 +173,12 @@ def headline(report: dict, sides: list[str], scorers: list[str]) -> str:
             cells.append(f"<b>{percent(rate)}</b>{mean}" if i else mean)
         if i:
             shift = report["candidates"][side]["colour_shift"]
-            cells += [percent(shift[name], "+") for name in HSV] + [f"{shift['hue_degrees']:.1f}°"]
+            cells += [percent(shift[name], "+") for name in HSV] + [f"{shift['hue_degrees']:.1f}°", rgb_shift(shift)]
         else:
-            cells += [""] * 4
+            cells += [""] * 5
         cells += [f"{report[name][side]:.4g}" for name in extra]
         lines.append(f"<tr><th>{key(i)}{escape(side)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{escape(name)}</th>" for name in ["", *scorers, *HSV, "hue angle", *extra])
+    head = "".join(f"<th>{escape(name)}</th>" for name in ["", *scorers, *HSV, "hue angle", "RGB", *extra])
     return (
         f'<h2>At a glance</h2><div class="card wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
         '<p class="soft">Win rates leave ties out. Colours: change of the mean over all pixels; the hue angle is the '
