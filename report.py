@@ -182,7 +182,7 @@ def headline(report: dict, sides: list[str], scorers: list[str]) -> str:
     return (
         f'<h2>At a glance</h2><div class="card wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
         '<p class="soft">Win rates leave ties out. Colours: change of the mean over all pixels; the hue angle is the '
-        "distance of the mean hues on their circle.</p>")
+        "distance of the mean hues on their circle, unsteady where all hues meet; RGB is in levels of 255.</p>")
 
 
 def svg(drawing: str, height: int) -> str:
