@@ -203,12 +203,7 @@ def in_turn(out: Path) -> Iterator[None]:
 def begin(out: Path, options: dict) -> None:
     """Notes the options of a new dataset; refuses a folder with other contents, and options that have changed."""
     if (out / "dataset.json").is_file():
-        before = read_json(out / "dataset.json")["options"]
-        for name, value in options.items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"{out}: begun with --{name.replace('_', '-')} {before.get(name)}, and now it is {value}; "
-                    "go on with the old value, or choose another --out")
+        cli.refuse_changes(out, read_json(out / "dataset.json")["options"], options)
     elif any(path.name[0] != "." for path in out.iterdir()):
         raise UserError(f"{out}: holds other files and no dataset; choose another --out")
     else:

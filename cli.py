@@ -135,6 +135,15 @@ def read_prompts(source: str, category: str | None = None) -> list[str]:
     return prompts
 
 
+def refuse_changes(out: Path, before: dict, now: dict) -> None:
+    """What a folder was begun with has to stay; the first option that has not is named."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"{out}: begun with --{name.replace('_', '-')} {before.get(name)}, and now it is {value}; "
+                "go on with the old value, or choose another --out")
+
+
 def progress(items: Iterable, total: int, label: str) -> Iterator:
     """Passes items on and draws a bar on stderr: a line that renews itself, or one line a tenth where it is a file."""
     start, shown, tty = time.monotonic(), -1, sys.stderr.isatty()

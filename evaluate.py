@@ -99,11 +99,7 @@ def begin(out: Path, options: dict, sides: list[Side], rows: list[dict]) -> None
     what = {side.name: {"is": str(side), "digest": side.digest()} for side in sides}
     if (out / "evaluation.json").is_file():
         before = read_json(out / "evaluation.json")
-        for name, value in options.items():
-            if before["options"].get(name) != value:
-                raise UserError(
-                    f"{out}: begun with --{name.replace('_', '-')} {before['options'].get(name)}, and now it is "
-                    f"{value}; go on with the old value, or choose another --out")
+        cli.refuse_changes(out, before["options"], options)
         for name, now in what.items():
             if (then := before["sides"].get(name, now)) != now:
                 now = str(now["is"]) if now["is"] != then["is"] else "one with other contents"
