@@ -111,11 +111,13 @@ def test_grammar(prompt, expected):
 @pytest.mark.parametrize("prompt", ["a cat AND a dog", "[a:b:0.5]", "[a [b]:3]", "x [a|b]", "<lora:name:0.8> a"])
 def test_what_is_not_supported_is_said(prompt):
     with pytest.warns(UserWarning, match="taken literally"):
-        parse_weights(prompt)
+        segments = parse_weights(prompt)
+    assert "".join(text for text, _ in segments) == prompt.replace("[", "").replace("]", "")     # which only weaken
 
 
 def test_brackets_bars_and_shouting_alone_are_no_reason_to_warn():
-    parse_weights(r"[a] | [b], \[a|b\], BAND, a <3 b, (x:1.2)")  # the autouse fixture turns a warning into an error
+    segments = parse_weights(r"[a] | [b], \[a|b\], BAND, a <3 b, (x:1.2)")    # a warning is an error, by the fixture
+    assert "".join(text for text, _ in segments) == "a | b, [a|b], BAND, a <3 b, x"
 
 
 def test_chunk_boundary():
