@@ -156,19 +156,20 @@ def loss_of(args, eps: Tensor, eps_ref: Tensor, noise: Tensor, t: Tensor, alphas
 CHEAP = {ResBlock: ("in_layers", "out_layers"), GEGLU: ("gated",), Upsample: ("forward",)}
 
 
-def checkpoint_cheap(unet: nn.Module) -> None:
-    """Keeps only the inputs of norms, activations and enlargements for the backward pass, which computes the rest anew.
-    The convolutions behind them are not run again: checkpoint stops at the last tensor that it misses."""
+def make_lean(unet: nn.Module, gradient_checkpointing: bool, compile: bool) -> None:
+    """The backward pass keeps only the inputs of norms, activations and enlargements, and computes the rest anew. The
+    convolutions behind them are not run again: checkpoint stops at the last tensor that it misses. A compiler finds
+    such places for itself. With gradient checkpointing only the blocks' inputs are kept."""
+    anew = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if gradient_checkpointing:
+        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+            block.forward = anew(block.forward)
+    if compile:
+        unet.compile()
+        return
     for module in unet.modules():
         for name in CHEAP.get(type(module), ()):
-            setattr(module, name, partial(
-                checkpoint, getattr(module, name), use_reentrant=False, preserve_rng_state=False))
-
-
-def checkpoint_blocks(unet: nn.Module) -> None:
-    """Keeps only the blocks' inputs for the backward pass, which computes the rest anew."""
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            setattr(module, name, anew(getattr(module, name)))
 
 
 # The optimiser, and what is written
@@ -195,20 +196,13 @@ def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
 def claim(args, out: Path, per_step: int) -> None:
     """Makes `out` the folder of this run, or goes on in it; refuses one that is not this run's."""
     config = {name: getattr(args, name) for name in FIXED} | {"pairs_per_step": per_step}
-    left = list(out.rglob(".*.part"))      # of files that were being written when the run was killed
     if (out / "config.json").is_file():
-        before = read_json(out / "config.json")
-        for name, value in config.items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"{out}: begun with --{name.replace('_', '-')} {before.get(name)}, and now it is {value}; "
-                    "go on with the old value, or choose another --out")
-    elif out.is_dir() and set(out.iterdir()) - set(left):
+        cli.refuse_changes(out, read_json(out / "config.json"), config)
+    elif out.is_dir() and any(path.name[0] != "." for path in out.iterdir()):
         raise UserError(f"{out}: holds other files and no run; choose another --out")
-    else:
-        write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-    for part in left:
-        part.unlink()
+    for left in out.rglob(".*.part"):      # of a file that was being written when the run was killed
+        left.unlink()
+    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def resume(out: Path, parameters: list[nn.Parameter], optimizer, rank: int) -> int:
@@ -351,12 +345,7 @@ def main() -> None:
         for parameter in parameters:
             parameter.requires_grad_(True)
     optimizer = make_optimizer(args, parameters)
-    if args.gradient_checkpointing:
-        checkpoint_blocks(unet)
-    if args.compile:
-        unet.compile()                                     # which finds what is cheap for itself
-    else:
-        checkpoint_cheap(unet)
+    make_lean(unet, args.gradient_checkpointing, args.compile)
 
     out = Path(args.out)
     per_step = args.batch_size * args.grad_accum * world

@@ -54,15 +54,10 @@ def ours(args, device: torch.device, dtype: torch.dtype, clock: Clock):
     from model.lora import inject_lora
     from model.unet import UNet
     from sampling import add_noise, make_alphas_cumprod
-    from train import checkpoint_blocks, checkpoint_cheap, loss_of, make_optimizer, predictions
+    from train import loss_of, make_lean, make_optimizer, predictions
     unet = made(UNet, device, dtype)
     parameters = inject_lora(unet)
-    if args.gradient_checkpointing:
-        checkpoint_blocks(unet)
-    if args.compile:
-        unet.compile()
-    else:
-        checkpoint_cheap(unet)
+    make_lean(unet, args.gradient_checkpointing, args.compile)
     options = Namespace(loss="hg-dpo", beta=2500.0, lambda_stat=10000.0, optimizer="adamw", lr=1e-5)
     optimizer = make_optimizer(options, parameters)
     alphas_cumprod = make_alphas_cumprod(SD15["scheduler"]).to(device)
