@@ -1,32 +1,119 @@
-"""What the programs have in common on the command line: options, prompt files, the progress bar, and how they end."""
+"""What the programs have in common on the command line: options, prompt files, the progress bar, and how they end.
 
-import argparse
-import csv
-import io
-import json
+Every program imports this first: importing torch takes a second, and Ctrl-C within it is to end in one line, too.
+"""
+
 import os
-import re
+import signal
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
-import torch
 
-from model.errors import UserError
+def _leave(*_) -> None:
+    os.write(2, b"stopped\n")
+    os._exit(130)
+
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _leave)                     # until `run` begins
+
+import argparse  # noqa: E402
+import contextlib  # noqa: E402
+import csv  # noqa: E402
+import io  # noqa: E402
+import math  # noqa: E402
+import re  # noqa: E402
+import time  # noqa: E402
+import warnings  # noqa: E402
+from collections.abc import Callable, Iterable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import torch  # noqa: E402
+
+from model.errors import UserError  # noqa: E402
+from model.files import parse_object, read_text  # noqa: E402
 
 PARTI = ("nateraw/parti-prompts", "PartiPrompts.tsv")            # the Hub's copy of PartiPrompts; 177 are "People"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action: argparse.Action) -> str | None:           # without "(default: None)"
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:       # one line, without the usage before it
+        message = re.sub(r"^argument (\S+): (?=.*: must )", r"\1 ", message)
         raise UserError(f"{message} (see --help)")
+
+
+# Kinds of option values, for add_argument's `type`
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A whole number within its limits."""
+    def parse(text: str) -> int:
+        limits = f"of {least} or more" if most is None else f"from {least} to {most}"
+        value = int(text) if re.fullmatch(r"\s*[+-]?[0-9]{1,30}\s*", text) else least - 1
+        if value < least or most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{text}: must be a whole number {limits}")
+        return value
+    return parse
+
+
+def real(least: float | None = None, above: float | None = None, most: float | None = None) -> Callable[[str], float]:
+    """A finite number within its limits; `above` is a limit that it may not touch."""
+    def parse(text: str) -> float:
+        limits = [f"{words} {limit:g}" for words, limit in (
+            ("of at least", least), ("of more than", above), ("of at most", most)) if limit is not None]
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or least is not None and value < least or above is not None and value <= above \
+                or most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{text}: must be a number {' and '.join(limits)}".rstrip())
+        return value
+    return parse
+
+
+def pixels(text: str) -> int:
+    """A height or a width."""
+    value = whole(1)(text)
+    if value % 8:
+        raise argparse.ArgumentTypeError(f"{text}: must be a multiple of 8, such as {max(8, round(value / 8) * 8)}")
+    return value
+
+
+def device_name(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text}: must be auto, cpu, cuda, cuda:N or mps")
+    return text
+
+
+def shard_name(text: str) -> str:
+    numbers = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if not numbers or int(numbers[1]) >= int(numbers[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be I/N with I from 0 to N - 1, such as 0/4")
+    return text
+
+
+def lora_spec(text: str) -> str:
+    """FILE or FILE:WEIGHT; see `split_lora`."""
+    if not math.isfinite(split_lora(text)[1]):
+        raise argparse.ArgumentTypeError(f"{text}: must have a weight that is a finite number")
+    return text
+
+
+def split_lora(spec: str) -> tuple[str, float]:
+    """"FILE:WEIGHT" -> the file and the weight, 1 where there is none."""
+    path, _, weight = spec.rpartition(":")
+    try:
+        return (path, float(weight)) if path else (spec, 1.0)
+    except ValueError:                           # a colon that belongs to the path
+        return spec, 1.0
+
+
+# Options that several programs have
 
 
 def common_parser(description: str) -> argparse.ArgumentParser:
@@ -38,37 +125,47 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--vae", metavar="PATH", help="another VAE than the model's own: a Hub id, folder or file")
     parser.add_argument(
         "--prediction-type", choices=("epsilon", "v_prediction"), help="overrides the model's scheduler_config.json")
-    parser.add_argument("--device", default="auto", help="auto is cuda, else mps, else cpu")
+    parser.add_argument("--device", type=device_name, default="auto", help="auto is cuda, else mps, else cpu")
     parser.add_argument(
         "--dtype", default="auto", choices=("auto", *DTYPES), help="auto is bfloat16 on cuda, float32 elsewhere")
-    parser.add_argument("--seed", type=int, default=0, help="image i of prompt k has the seed SEED + k * images + i")
+    parser.add_argument(
+        "--seed", type=whole(0, 2**63 - 1), default=0, help="image i of prompt k has the seed SEED + k * images + i")
     return parser
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """How a picture is drawn: the same in every program that draws, the paper's settings by default."""
-    parser.add_argument("--steps", type=int, default=50, help="of the sampler, 1 to 1000")
-    parser.add_argument("--guidance", type=float, default=5.0, help="scale of classifier-free guidance; 1 is off")
-    parser.add_argument("--height", type=int, help="pixels, a multiple of 8 (default: the model's own size)")
-    parser.add_argument("--width", type=int, help="pixels, a multiple of 8 (default: the model's own size)")
+    parser.add_argument("--steps", type=whole(1, 1000), default=50, help="of the sampler, 1 to 1000")
+    parser.add_argument("--guidance", type=real(0), default=5.0, help="scale of classifier-free guidance; 1 is off")
+    parser.add_argument("--height", type=pixels, help="pixels, a multiple of 8 (default: the model's own size)")
+    parser.add_argument("--width", type=pixels, help="pixels, a multiple of 8 (default: the model's own size)")
     parser.add_argument("--sampler", default="dpm++", choices=("dpm++", "ddim", "ddpm"), help="DPM-Solver++ 2M, ...")
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from")
     parser.add_argument(
         "--prompt-weights", default="off", choices=("off", "a1111"),
         help="a1111 reads (word:1.2), [word] and BREAK, and has no limit of 75 tokens")
-    parser.add_argument("--clip-skip", type=int, default=0, help="last text layers left out (A1111's number less one)")
-    parser.add_argument("--batch-size", type=int, default=4, help="pictures drawn at once; does not change them")
+    parser.add_argument(
+        "--clip-skip", type=whole(0), default=0, help="last text layers left out (A1111's number less one)")
+    parser.add_argument("--batch-size", type=whole(1), default=4, help="pictures drawn at once; does not change them")
+
+
+def add_prompt_options(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--prompts", metavar="FILE", help=help)
+    parser.add_argument("--category", help="with a table of prompts: keep the rows whose Category this is")
+    parser.add_argument("--limit", type=whole(1), help="only the first so many prompts")
 
 
 def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     name = args.device
-    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():                 # torchrun: a GPU for every process
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:                            # torchrun: a GPU for every process
+        name = f"cuda:{number_from_environment('LOCAL_RANK')}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)        # what launches kernels of its own does it on the current one
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
     if args.dtype == "auto":
@@ -76,15 +173,30 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtyp
     return device, DTYPES[args.dtype]
 
 
+def number_from_environment(name: str) -> int:
+    if not os.environ.get(name, "").isdecimal():
+        raise UserError(
+            f"the environment has {name}={os.environ.get(name, '')!r}, and not torchrun's numbers RANK, WORLD_SIZE and "
+            "LOCAL_RANK; start with torchrun, or unset what is left of them")
+    return int(os.environ[name])
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number among torchrun's, and how many they are; alone it is (0, 1)."""
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    rank, world = number_from_environment("RANK"), number_from_environment("WORLD_SIZE")
+    if rank >= world:
+        raise UserError(f"the environment has RANK={rank} of WORLD_SIZE={world}; ranks are counted from 0")
+    return rank, world
+
+
 def parse_shard(text: str | None) -> tuple[int, int]:
     """--shard I/N, or what torchrun says, as (I, N); alone it is (0, 1)."""
-    if text is None and "WORLD_SIZE" not in os.environ:
-        return 0, 1
-    text = text or f"{os.environ['RANK']}/{os.environ['WORLD_SIZE']}"
-    numbers = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not numbers or int(numbers[1]) >= int(numbers[2]):
-        raise UserError(f"--shard {text}: expected I/N with I from 0 to N - 1, such as 0/4")
-    return int(numbers[1]), int(numbers[2])
+    if text is None:
+        return rank_and_world()
+    i, n = text.split("/")
+    return int(i), int(n)
 
 
 def read_prompts(source: str, category: str | None = None) -> list[str]:
@@ -103,17 +215,10 @@ def read_prompts(source: str, category: str | None = None) -> list[str]:
         raise UserError(f"{path}: no such prompt file")
     if category and path.suffix not in (".tsv", ".csv"):
         raise UserError(f"{path}: --category needs a table (.tsv or .csv) with a column Category")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file in UTF-8") from None
+    text = read_text(path)
     if path.suffix == ".jsonl":
-        prompts = []
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                prompts += [json.loads(line)["prompt"] + ""] if line.strip() else []
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}:{number}: expected an object with a `prompt`") from None
+        lines = enumerate(text.split("\n"), 1)
+        prompts = [parse_object(line, f"{path}:{n}", {"prompt": str})["prompt"] for n, line in lines if line.strip()]
     elif path.suffix in (".tsv", ".csv"):
         tab = path.suffix == ".tsv"
         rows = csv.DictReader(
@@ -135,47 +240,58 @@ def read_prompts(source: str, category: str | None = None) -> list[str]:
     return prompts
 
 
-def refuse_changes(out: Path, before: dict, now: dict) -> None:
-    """What a folder was begun with has to stay; the first option that has not is named."""
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise UserError(
-                f"{out}: begun with --{name.replace('_', '-')} {before.get(name)}, and now it is {value}; "
-                "go on with the old value, or choose another --out")
-
-
 def progress(items: Iterable, total: int, label: str) -> Iterator:
-    """Passes items on and draws a bar on stderr: a line that renews itself, or one line a tenth where it is a file."""
+    """Passes items on and draws a bar on stderr: a line that renews itself, or one line a tenth where it is a file.
+    Of torchrun's processes only the first draws; and a bar that nobody reads any more stops no work."""
     start, shown, tty = time.monotonic(), -1, sys.stderr.isatty()
+    draws = rank_and_world()[0] == 0
     for i, item in enumerate(items):
         yield item
         done, seconds = i + 1, time.monotonic() - start
         left = seconds / done * (total - done)
         line = f"{label} {done}/{total}  {seconds:.0f} s, {left:.0f} s left"
-        if tty:
-            bar = "#" * (30 * done // total)
-            print(f"\r{label} [{bar:<30}] {line[len(label) + 1:]} ", end="", file=sys.stderr, flush=True)
-        elif 10 * done // total > shown:
-            shown = 10 * done // total
-            print(line, file=sys.stderr, flush=True)
-    if tty:
+        with contextlib.suppress(OSError):
+            if tty and draws:
+                bar = "#" * (30 * done // total)
+                print(f"\r{label} [{bar:<30}] {line[len(label) + 1:]} ", end="", file=sys.stderr, flush=True)
+            elif draws and 10 * done // total > shown:
+                shown = 10 * done // total
+                print(line, file=sys.stderr, flush=True)
+    if tty and draws:
         print(file=sys.stderr)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls main and ends as every program does: 0; 2 and one line on bad input; 130 on Ctrl-C."""
+    """Calls main and ends as every program does: 0; 2 and one line on what a person can mend; 130 on Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("stdout", "stderr"):            # closed by the shell: >&-
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    with contextlib.suppress(AttributeError):    # a file's name may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    program = Path(sys.argv[0]).name
     try:
+        if rank_and_world()[0] > 0:              # of torchrun's processes the first speaks for all
+            sys.stdout = open(os.devnull, "w")
         main()
+        sys.stdout.flush()
     except UserError as error:
-        sys.exit(_say(program, str(error), 2))
+        sys.exit(_say(str(error), 2))
     except KeyboardInterrupt:
-        sys.exit(_say(program, "stopped; what was finished is saved", 130))
+        sys.exit(_say("stopped; what was finished is saved", 130))
+    except BrokenPipeError:                      # whoever read our output has gone
+        sys.stdout = open(os.devnull, "w")
+        sys.exit(_say("nobody reads the output any more; what was finished is saved", 2))
     except OSError as error:                     # a disk that is full, a folder that may not be written
-        sys.exit(_say(program, f"{error.filename or 'file'}: {error.strerror or error}", 2))
+        sys.exit(_say(f"{error.filename or 'file'}: {error.strerror or error}", 2))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        less = "a smaller --batch-size, --dtype bfloat16, or (train.py) --gradient-checkpointing takes less"
+        sys.exit(_say(f"out of memory ({str(error).splitlines()[0][:120] if str(error) else 'host'}); {less}", 2))
 
 
-def _say(program: str, message: str, code: int) -> int:
-    print(f"{program}: {message}", file=sys.stderr)
+def _say(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
     return code

@@ -16,9 +16,13 @@ OUT/scores-SIDE.jsonl   a line a picture: its scores, its colours
 A picture or a scorer that cannot be read is named at the end, and left out; the program then ends with 2.
 """
 
+import cli
+
+# isort: split
 import importlib.util
 import json
 import sys
+import tempfile
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -26,21 +30,21 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import cli
-from build_dataset import in_turn, locked
+from dataset.folder import begin, in_turn, locked, noted
 from judgement import HSV, colour_shift, colours, win_rate
 from judges import ImplicitReward, chunked, join_scores, load_judge, load_spread, measure
 from model.errors import UserError
-from model.files import read_json, write_text
-from pictures import sheet, write_png
-from preferences import read_pairs
+from model.files import digest_of, read_text, write_text
+from pictures import open_picture, sheet, write_png
+from preferences import digest_of_source, read_pairs
 from report import page, read_log, rgb_shift
-from score import open_picture
-from sides import Side, draw_side, load_side, make_rows, parse_sides
+from sides import Side, draw_side, drawn_digest, load_side, make_rows, parse_sides, unlike_settings
 
 TOWERS = ("pickscore", "paper-people", "clip", "aesthetic")     # these have an image tower to measure diversity with
-FREE = ("out", "device", "batch_size", "shard", "scorers", "run", "fid", "lora", "lan", "candidate", "baseline",
-        "compare")                             # may change on resume; the sides are compared apart
+# Not noted in evaluation.json; or noted by their contents: the sides, the prompts. Scorers may be added.
+NOT_NOTED = ("out", "device", "batch_size", "shard", "scorers", "run", "fid", "lora", "lan", "candidate", "baseline",
+             "compare", "limit", "category")
+MAY_CHANGE = ("model", "vae", "prompts", "preference_accuracy")
 SHEET_COLUMNS = 12
 SHOWN = ("height", "width", "steps", "guidance", "sampler", "negative_prompt", "seed", "num_images", "dtype")
 
@@ -48,17 +52,15 @@ SHOWN = ("height", "width", "steps", "guidance", "sampler", "negative_prompt", "
 def parse_args():
     parser = cli.common_parser(__doc__)
     parser.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+        "--lora", action="append", default=[], type=cli.lora_spec, metavar="FILE[:WEIGHT]",
         help="the candidate is --model with this; repeatable; weight 1 unless given")
     parser.add_argument("--candidate", metavar="MODEL[+LORA[:WEIGHT]]", help="or any model, or a folder of pictures")
     parser.add_argument("--compare", metavar="NAME=LORA[:WEIGHT][+lan],...", help="or several, each --model with that")
     parser.add_argument("--baseline", metavar="MODEL[+LORA[:WEIGHT]]", help="what to be better than; else --model")
     parser.add_argument("--lan", action="store_true", help="draw the candidate with its base's colours kept (Eq. 7)")
-    parser.add_argument("--prompts", metavar="FILE", help="see generate.py (default: paper people's test prompts with "
-                        "paper-people, else parti-people)")
-    parser.add_argument("--category", help="with a table of prompts: keep the rows whose Category this is")
-    parser.add_argument("--limit", type=int, help="only the first so many prompts (or preferences)")
-    parser.add_argument("--num-images", type=int, default=1, help="pictures a prompt and side")
+    cli.add_prompt_options(parser, "see generate.py (default: paper people's test prompts with paper-people, else "
+                           "parti-people)")
+    parser.add_argument("--num-images", type=cli.whole(1), default=1, help="pictures a prompt and side")
     parser.add_argument("--scorers", metavar="A,B,...", help="see model/scorers.py (default: the model's own; with "
                         "paper-people: paper-people,judge; else pickscore,hpsv2,imagereward,aesthetic,clip)")
     parser.add_argument(
@@ -67,7 +69,8 @@ def parse_args():
     parser.add_argument("--preference-accuracy", metavar="FILE", help="instead: how often each scorer, and with --lora "
                         "its implicit reward, agrees with these preferences (see preferences.py)")
     parser.add_argument("--human-only", action="store_true", help="of these only the ones about people")
-    parser.add_argument("--shard", metavar="I/N", help="this job's part, 0/4 ... 3/4 (torchrun sets it)")
+    parser.add_argument(
+        "--shard", type=cli.shard_name, metavar="I/N", help="this job's part, 0/4 ... 3/4 (torchrun sets it)")
     parser.add_argument("--out", required=True, metavar="DIR", help="the same command goes on with it")
     cli.add_sampling_options(parser)
     args = parser.parse_args()
@@ -76,13 +79,14 @@ def parse_args():
         raise UserError(f"{' and '.join(ways)}: with --preference-accuracy give --lora, or none")
     if not args.preference_accuracy and len(ways) != 1:
         raise UserError(f"{' and '.join(ways) or 'nothing to judge'}: give one of --lora, --candidate and --compare")
-    for name in ("num_images", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.human_only and not args.preference_accuracy:
+        raise UserError("--human-only goes with --preference-accuracy")
     own = Path(args.model) / "scorer"
     default = "paper-people,judge" if args.model == "paper-people" else "pickscore,hpsv2,imagereward,aesthetic,clip"
     names = (args.scorers or (str(own) if own.is_dir() else default)).split(",")
     args.scorers = list(dict.fromkeys(name.strip() for name in names if name.strip()))
+    if not args.scorers and not (args.preference_accuracy and args.lora):
+        raise UserError("--scorers: none given, such as pickscore,clip")
     for folder in args.run:
         if not (Path(folder) / "log.jsonl").is_file():
             raise UserError(f"--run {folder}: no log.jsonl in it; expected a folder that train.py wrote")
@@ -93,40 +97,43 @@ def parse_args():
     return args
 
 
-def begin(out: Path, options: dict, sides: list[Side], rows: list[dict]) -> None:
+def begin_evaluation(
+    args, out: Path, inputs: dict[str, str], sides: list[Side], digests: dict[str, str], rows: list[dict],
+) -> None:
     """Notes what the folder is for; refuses other contents, and what has changed since. New candidates may come."""
-    options = {name: value for name, value in options.items() if name not in FREE}
-    what = {side.name: {"is": str(side), "digest": side.digest()} for side in sides}
-    if (out / "evaluation.json").is_file():
-        before = read_json(out / "evaluation.json")
-        cli.refuse_changes(out, before["options"], options)
-        for name, now in what.items():
-            if (then := before["sides"].get(name, now)) != now:
-                now = str(now["is"]) if now["is"] != then["is"] else "one with other contents"
-                raise UserError(f"{out}: its {name} is {then['is']}, and now it is {now}; choose another --out")
-        what = before["sides"] | what
-    elif any(path.name[0] != "." for path in out.iterdir()):
-        raise UserError(f"{out}: holds other files and no evaluation; choose another --out")
+    options = {name: value for name, value in vars(args).items() if name not in NOT_NOTED}
+    what = {side.name: {"is": str(side), "digest": digests[side.name]} for side in sides}
+    before = begin(out / "evaluation.json", options, inputs, MAY_CHANGE)
+    for name, now in what.items():
+        then = before.get("sides", {}).get(name, now)
+        if then != now:
+            was = then.get("is") if isinstance(then, dict) else then
+            changed = now["is"] if now["is"] != was else "one with other contents"
+            raise UserError(f"{out}: its {name} is {was}, and now it is {changed}; choose another --out")
     listing = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     listings = [side.folder(out) / "images.jsonl" for side in sides if rows and not side.drawn]
     for path in listings:
-        if path.is_file() and path.read_text(encoding="utf-8") != listing:
+        if path.is_file() and read_text(path) != listing:
             raise UserError(f"{out}: begun with other prompts than --prompts has now; choose another --out")
-    write_text(out / "evaluation.json", json.dumps({"options": options, "sides": what}, indent=2) + "\n")
+    noted(out / "evaluation.json", options, inputs, sides=before.get("sides", {}) | what,
+          judges=before.get("judges", {}))
     for path in listings:
         write_text(path, listing)
 
 
 # Judging
 
-def fid(folder: Path, real: str, device: torch.device) -> float:
+def fid(pictures: list[Path], real: str, device: torch.device) -> float:
     """By torch-fidelity, which pytorch-fid's figures compare with. It falls with the number of pictures: compare only
-    sides with equally many, best thousands."""
+    sides with equally many, best thousands. Of `pictures` alone: a folder may hold a sheet, and older pictures."""
     from torch_fidelity import calculate_metrics
     try:
-        return calculate_metrics(
-            input1=str(folder), input2=real, fid=True, cuda=device.type == "cuda", batch_size=1, verbose=False,
-        )["frechet_inception_distance"]
+        with tempfile.TemporaryDirectory() as folder:
+            for number, path in enumerate(pictures):
+                (Path(folder) / f"{number:06d}{path.suffix}").symlink_to(path.resolve())
+            return calculate_metrics(
+                input1=folder, input2=real, fid=True, cuda=device.type == "cuda", batch_size=1, verbose=False,
+            )["frechet_inception_distance"]
     except Exception as error:                 # its own, the network's and the decoders' errors have no class in common
         raise UserError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
 
@@ -174,8 +181,12 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
     sides = parse_sides(args)
     rows = make_rows(args, sides)
     to_draw = [side for side in sides if not side.drawn]
-    for side in to_draw:                       # before the first picture: what is wrong with the last one shows now
-        load_side(args, side, device, dtype)
+    # Before the first picture: what is wrong with the last side shows now.
+    digests = {side.name: drawn_digest(side, rows) if side.drawn else load_side(args, side, device, dtype)[1]
+               for side in sides}
+    unlike = unlike_settings(args, sides, rows)
+    for difference in unlike:
+        print(f"not drawn alike: {difference}; this is judged, too", file=sys.stderr)
     names = [side.name for side in sides]
     folders = {side.name: side.folder(out) for side in sides}
     judges = {"colours": lambda: lambda images, prompts: [colours(image) for image in images]}
@@ -187,9 +198,9 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
     def picture(side: str, row: dict) -> Image.Image:
         return open_picture(folders[side] / row["file"])
 
-    with locked(out, part, parts):
+    with locked(out, part, parts, f"{parts} jobs"):
         with in_turn(out):
-            begin(out, vars(args), sides, rows)
+            begin_evaluation(args, out, {"prompts": digest_of(rows)}, sides, digests, rows)
         print(
             f"{len(rows)} pictures of {args.width}x{args.height} a side to {out}, on {device} in {args.dtype}, job "
             f"{part + 1} of {parts}: " + "; ".join(f"{side.name} is {side}" for side in sides))
@@ -210,9 +221,11 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
         report = {
             "sides": {side.name: str(side) for side in sides}, "pictures": len(kept),
             "settings": {name: getattr(args, name) for name in SHOWN if to_draw or name in ("height", "width")},
-            **summary(names, scores, scorers)}
+            **({"not_drawn_alike": unlike} if unlike else {}), **summary(names, scores, scorers)}
         try:
-            report |= {"fid": {name: fid(folders[name], args.fid, device) for name in names}} if args.fid else {}
+            if args.fid:
+                report["fid"] = {
+                    name: fid([folders[name] / row["file"] for row in kept], args.fid, device) for name in names}
         except UserError as error:
             problems["fid"] = f"FID is left out: {error}"
         report["left_out"] = sorted(problems.values())
@@ -237,17 +250,20 @@ def preference_accuracy(
     rows = [{"file": f"{i:06d}", "prompt": pair.prompt} for i, pair in enumerate(pairs)]
     judges = {name: partial(load_judge, name, device) for name in args.scorers}
     policy = Side("policy", args.model, tuple(args.lora))
+    digests = {}
     if args.lora:
-        judges["implicit-reward"] = lambda: ImplicitReward(args, load_side(args, policy, device, dtype))
+        digests["policy"] = load_side(args, policy, device, dtype)[1]
+        judges["implicit-reward"] = lambda: ImplicitReward(args, load_side(args, policy, device, dtype)[0])
     load = lru_cache(maxsize=16)(lambda i: pairs[i].load()[1])
 
     def picture(side: str, row: dict) -> Image.Image:
         return load(int(row["file"]))[{"preferred": "w", "other": "l"}[side]]
 
     names = ["preferred", "other"]
-    with locked(out, part, parts):
+    with locked(out, part, parts, f"{parts} jobs"):
         with in_turn(out):
-            begin(out, vars(args), [policy] if args.lora else [], [])
+            inputs = {"preference_accuracy": digest_of_source(pairs)}
+            begin_evaluation(args, out, inputs, [policy] if args.lora else [], digests, [])
         print(f"{len(pairs)} preferences to {out}, judged by {', '.join(judges)}, job {part + 1} of {parts}")
         chunks = chunked(rows, args.batch_size)[part::parts]
         problems = measure(out, names, chunks, picture, judges, f"{part}-of-{parts}")

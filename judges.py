@@ -10,7 +10,6 @@ A row is {file, prompt, ...}, and picture(side, row) opens its picture on one si
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import shutil
@@ -24,16 +23,17 @@ from torch import Tensor
 
 import cli
 from build_dataset import encoded
+from dataset.folder import in_turn, noted
 from judgement import spread
 from losses.diffusion_dpo import squared_error
 from model.checkpoint import PAPER_PEOPLE, Pipeline
 from model.errors import UserError
-from model.files import write_text
+from model.files import digest_all, files_read, parse_object, read_json, read_lines, read_text, write_text
 from model.lora import lora_disabled
 from model.preprocess import clip_preprocess, to_batch
 from model.scorers import load_scorer
 from paper_people import judge as paper_judge
-from sampling import add_noise, encode_prompts, guided_eps
+from sampling import add_noise, encode_prompts, guided_eps, seeded
 
 PAPER_JUDGES = {                               # what they say of a picture: see paper_people/judge.py's Verdict
     "judge": "score", "judge-clean": "clean", "judge-matches": "matches", "judge-right": "right"}
@@ -81,8 +81,7 @@ class ImplicitReward:
         args, pipeline, unet = self.args, self.pipeline, self.pipeline.unet
         alphas_cumprod = pipeline.alphas_cumprod.to(pipeline.device)
         x0 = encoded(args, pipeline, prompt, {"w": image})[1]["latents_w"]                       # (4, h, w)
-        salt = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "big")
-        generator = torch.Generator().manual_seed(args.seed + salt)
+        generator = seeded(f"t and noise of the implicit reward for {prompt}", args.seed)
         t = (torch.arange(DRAWS) + torch.rand(DRAWS, generator=generator)) * (1000 / DRAWS)      # one in each tenth
         t = t.long().clamp(max=999).to(pipeline.device)
         noise = torch.randn(DRAWS, *x0.shape, generator=generator).to(pipeline.device)
@@ -113,14 +112,29 @@ def chunked(rows: list[dict], size: int) -> list[list[dict]]:
 def read_scores(out: Path, side: str) -> dict[str, dict]:
     """file -> all that is known of its picture."""
     known: dict[str, dict] = {}
-    for path in [out / f"scores-{side}.jsonl", *sorted(out.glob(f"partial/{side}.*.jsonl"))]:
-        for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:                 # where a run was killed as it wrote, or an empty line
-                continue
-            known.setdefault(row["file"], {}).update(row)
+    path = out / f"scores-{side}.jsonl"
+    rows = read_lines(path, file=str) if path.is_file() else []
+    for path in sorted(out.glob(f"partial/{side}.*.jsonl")):
+        for line in read_text(path).split("\n"):
+            with contextlib.suppress(UserError):               # where a run was killed as it wrote, or an empty line
+                rows.append(parse_object(line, str(path), {"file": str}))
+    for row in rows:
+        known.setdefault(row["file"], {}).update(row)
     return known
+
+
+def known_judge(out: Path, name: str, digest: str) -> None:
+    """Notes what a judge was read from; refuses one that has changed since it gave the answers that are there."""
+    with in_turn(out):
+        about = read_json(out / "evaluation.json", options=dict, inputs=dict, sides=dict, judges=dict)
+        if about["judges"].setdefault(name, digest) != digest:
+            raise Changed(f"{out}: {name} has changed since it gave the scores that are here; choose another --out")
+        more = {key: about[key] for key in ("sides", "judges")}
+        noted(out / "evaluation.json", about["options"], about["inputs"], **more)
+
+
+class Changed(UserError):
+    """Ends the work, where other problems of a judge only leave it out."""
 
 
 def measure(
@@ -132,11 +146,15 @@ def measure(
     problems = {}
     known = {side: read_scores(out, side) for side in sides}
     (out / "partial").mkdir(exist_ok=True)
-    for name, load in judges.items():          # one in memory at a time
+    judge = None
+    for name, load in judges.items():
+        judge = None                           # before the next is loaded: one in memory at a time
         pending = [(side, chunk) for chunk in chunks for side in sides
                 if any(name not in known[side].get(row["file"], {}) for row in chunk)]
         try:
-            judge = load() if pending else None
+            with files_read() as files:
+                judge = load()
+            known_judge(out, name, digest_all(files))
             for side, chunk in cli.progress(pending, len(pending), name):
                 rows, images = [], []
                 for row in chunk:
@@ -153,6 +171,8 @@ def measure(
                 lines = [json.dumps({"file": row["file"], name: answer}) for row, answer in zip(rows, answers)]
                 with open(out / "partial" / f"{side}.{job}.jsonl", "a", encoding="utf-8") as file:
                     file.write("\n".join(["", *lines, ""]))
+        except Changed:
+            raise
         except UserError as error:
             problems[name] = f"{name} is left out: {error}"
     return problems

@@ -17,19 +17,19 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-import pictures  # noqa: F401 (it sets Image.MAX_IMAGE_PIXELS)
 from model.errors import UserError
-from model.files import atomic_write, read_json
+from model.files import atomic_write, digest_of, parse_object, read_json, read_lines, read_text
+from pictures import open_picture
 
 # What a prompt about people says, in any case, with or without a plural s. Words that mean other things as often (face,
 # model, portrait, figure) and names are not among them. Of PartiPrompts' 177 prompts on people this keeps 154, of its
@@ -64,24 +64,26 @@ class Preference:
     def load(self) -> tuple[str, dict[str, Image.Image]]:
         """-> the prompt and its pictures, 'w' and 'l', or 'w' alone where there is no loser."""
         return self.prompt, {
-            side: open_picture(self.content(name), f"{self.where()}: {name}") for side, name in self.names().items()}
+            side: open_picture(self.source(name), f"{self.where()}: {name}") for side, name in self.names().items()}
 
-    def content(self, name: str) -> bytes:
+    def source(self, name: str) -> Path | bytes:
         if self.cell is None:
-            return Path(find_picture(self.file.parent, name, self.where())).read_bytes()
+            return find_picture(self.file.parent, name, self.where())
         group, i = self.cell
-        return picture_columns(self.file, group)[name][i].as_py()
+        content = picture_columns(self.file, group)[name][i].as_py()
+        return content if isinstance(content, bytes) else b""
 
     def names(self) -> dict[str, str]:
         return {"w": self.winner} | ({} if self.loser is None else {"l": self.loser})
 
+    def files(self) -> list[Path]:
+        """Of its pictures, or the table that holds them. UserError on a missing picture."""
+        if self.cell is not None:
+            return [self.file]
+        return [find_picture(self.file.parent, name, self.where()) for name in self.names().values()]
+
     def where(self) -> str:
         return f"{self.file}, row {self.row}"
-
-    def check(self) -> None:
-        """A missing picture is reported when the list is read, not in the middle of the work."""
-        for name in self.names().values() if self.cell is None else ():
-            find_picture(self.file.parent, name, self.where())
 
 
 def read_pairs(path: Path, human_only: bool = False) -> list[Preference]:
@@ -99,7 +101,7 @@ def read_pairs(path: Path, human_only: bool = False) -> list[Preference]:
             elif human_only and not ABOUT_PEOPLE.search(pair.prompt):
                 others += 1
             else:
-                pair.check()
+                pair.files()                   # a missing one is reported now, not in the middle of the work
                 pairs.append(pair)
     left_out = f"{ties} without a preference" + (f" and {others} not about people" if human_only else "")
     if not pairs:
@@ -113,43 +115,38 @@ def read_images(folder: Path) -> list[Preference]:
     file, images = folder / "metadata.jsonl", []
     if not file.is_file():
         raise UserError(f"{file}: not there; expected a line for each picture, with file_name and text")
-    for number, row in text_rows(file):
-        try:
-            images.append(Preference(cleaned(row["text"]), file, number, row["file_name"] + ""))
-        except (KeyError, TypeError):
-            raise UserError(f"{file}, row {number}: expected file_name and text") from None
-        images[-1].check()
+    for number, row in enumerate(read_lines(file, file_name=str, text=str), 1):
+        images.append(Preference(cleaned(row["text"]), file, number, row["file_name"]))
+        images[-1].files()
     if not images:
         raise UserError(f"{file}: no picture in it")
     return images
 
 
+def digest_of_source(pairs: Iterable[Preference]) -> str:
+    """Changes with what is read from a source, pairs or pictures. Of the pictures, which may be hundreds of gigabytes,
+    it takes the sizes alone: of each file, or of the table that they are in."""
+    sizes = lru_cache(maxsize=None)(os.path.getsize)                 # a table has many rows
+    return digest_of([
+        [pair.prompt, pair.winner, pair.loser, pair.cell, [sizes(file) for file in pair.files()]] for pair in pairs])
+
+
 # Pictures
 
-def find_picture(folder: Path, name: str, where: str) -> str:
+def find_picture(folder: Path, name: str, where: str) -> Path:
     """The file that a list in `folder` means. HPD-v2's pictures lie in train/ and test/ below the list, ImageRewardDB's
     also right beside it."""
     root = os.path.realpath(folder)
     for inside in (name, f"train/{name}", f"test/{name}", os.path.basename(name)):
-        path = "/" if os.path.isabs(name) or "\0" in name else os.path.realpath(os.path.join(root, inside))
+        try:
+            path = "/" if os.path.isabs(name) else os.path.realpath(os.path.join(root, inside))
+        except ValueError:                     # a name that no file can have, with a zero byte or half an emoji
+            break
         if os.path.commonpath((root, path)) != root:
-            raise UserError(f"{where}: {name!r} leads out of {folder}")
+            raise UserError(f"{where}: {name!r:.200} leads out of {folder}")
         if os.path.isfile(path):
-            return path
-    raise UserError(f"{where}: {name!r} is not in {folder}")
-
-
-def open_picture(content: bytes, where: str) -> Image.Image:
-    """Decoded to its end, and upright."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
-        return ImageOps.exif_transpose(image)                        # this decodes it
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise UserError(f"{where}: a picture of more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
-    except Exception:                          # the decoders' errors have no class in common
-        raise UserError(f"{where}: not a whole PNG, JPEG or WebP picture") from None
+            return Path(path)
+    raise UserError(f"{where}: {name!r:.200} is not in {folder}")
 
 
 # Lists
@@ -163,15 +160,15 @@ def ranked_pairs(file: Path) -> Iterator[Preference | None]:
             if "winner" in row:
                 graded = [(0, row["winner"]), (1, row["loser"])]
             elif "human_preference" in row:
-                graded = [(-float(p), path) for p, path in zip(row["human_preference"], row["file_path"], strict=True)]
+                graded = [(-grade(p), path) for p, path in zip(row["human_preference"], row["file_path"], strict=True)]
             elif "prompt_id" in row:           # a row a picture
-                key, graded = row["prompt_id"], [(float(row["rank"]), row["image_path"])]
+                key, graded = row["prompt_id"], [(grade(row["rank"]), row["image_path"])]
             else:
-                graded = [(float(rank), path) for rank, path in zip(row["rank"], row["image_path"], strict=True)]
+                graded = [(grade(rank), path) for rank, path in zip(row["rank"], row["image_path"], strict=True)]
             if not all(isinstance(path, str) for _, path in graded):
                 raise TypeError
             prompts.setdefault(key, (cleaned(row["prompt"]), number, []))[2].extend(graded)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise unknown(f"{file}, row {number}", row) from None
     for prompt, number, graded in prompts.values():
         best, worst = (end(graded, key=lambda one: one[0], default=(0, "")) for end in (min, max))
@@ -180,22 +177,16 @@ def ranked_pairs(file: Path) -> Iterator[Preference | None]:
 
 def text_rows(file: Path) -> Iterator[tuple[int, dict]]:
     """The numbered rows of a JSON list, of JSON lines, or of CSV."""
-    def parsed(text: str, where: str) -> object:
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error})") from None
-
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: neither parquet nor text in UTF-8") from None
+    text = read_text(file)
     start = text.lstrip()[:1]
     if start == "[":
-        rows = enumerate(parsed(text, str(file)), 1)
+        try:
+            rows = enumerate(json.loads(text), 1)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}: not JSON ({error}); download it or make it again") from None
     elif start == "{":
         lines = enumerate(text.split("\n"), 1)
-        rows = ((number, parsed(line, f"{file}, row {number}")) for number, line in lines if line.strip())
+        rows = ((number, parse_object(line, f"{file}, row {number}", {})) for number, line in lines if line.strip())
     else:
         table = csv.DictReader(io.StringIO(text, newline=""))
         rows = ((table.line_num, row) for row in table)
@@ -208,15 +199,22 @@ def text_rows(file: Path) -> Iterator[tuple[int, dict]]:
         raise UserError(f"{file}, row {table.line_num}: {error}") from None
 
 
+def grade(value: object) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError
+    return number
+
+
 def cleaned(prompt: str) -> str:
     """JSON can hold half an emoji, which no tokenizer and no file takes."""
     return (prompt + "").strip().encode(errors="replace").decode()
 
 
 def unknown(where: str, names: Iterable[str]) -> UserError:
+    found = " ".join(", ".join(map(str, names)).split())
     return UserError(
-        f"{where}: found {', '.join(map(str, names))[:200]}; expected what Pick-a-Pic, HPD-v2 or ImageRewardDB has, "
-        "or prompt, winner, loser")
+        f"{where}: found {found:.200}; expected what Pick-a-Pic, HPD-v2 or ImageRewardDB has, or prompt, winner, "
+        "loser, with values of their kinds")
 
 
 # Parquet
@@ -235,8 +233,9 @@ def parquet(file: Path) -> Iterator:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             yield table
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: damaged parquet ({str(error).splitlines()[0]}); download it again") from None
+    except (pyarrow.ArrowException, OSError, ValueError) as error:               # the last: a text that is not UTF-8
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: damaged parquet ({reason:.200}); download it again") from None
 
 
 def is_parquet(file: Path) -> bool:

@@ -128,6 +128,7 @@ def page(
     parts = [
         f"<h1>{title}</h1>{named}",
         f'<p class="soft">{report["pictures"]} pictures a side, from the same seeds; {escape(said)}</p>',
+        *[f'<p class="down">Not drawn alike: {escape(line)}</p>' for line in report.get("not_drawn_alike", [])],
         *[f'<p class="down">{escape(line)}</p>' for line in report["left_out"]],
         headline(report, sides, scorers),
         win_rates(report, sides, scorers) if scorers else "",

@@ -9,60 +9,32 @@ Writes OUT, a line a picture: {"file": ..., "prompt": ..., "scores": {"pickscore
 A picture or a scorer that cannot be read is named, and the others are scored; the program then ends with 2.
 """
 
+import cli
+
+# isort: split
 import json
 import sys
-import warnings
 from pathlib import Path
 
 import torch
 
-import cli
 from model.errors import UserError
-from model.files import write_text
+from model.files import read_lines, read_text, write_text
 from model.scorers import load_scorer
-from pictures import Image  # PIL's, with its limit on pixels set
+from pictures import open_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-LONGEST, STRETCHED = 16_384, 50                # pixels a side; and long side over short side
-
-
-def open_picture(path: Path) -> Image.Image:
-    """A picture read whole, in its own mode; UserError, a line, on one that is damaged, too large, or none at all."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        with image:
-            if max(image.size) > min(LONGEST, STRETCHED * min(image.size)):
-                raise UserError(
-                    f"{path}: {image.width}x{image.height} pixels; at most {LONGEST} a side, and {STRETCHED} times as "
-                    "long as wide")
-            return image.copy()
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such picture") from None
-    except Exception as error:                   # the decoders' errors have no class in common
-        raise UserError(f"{path}: not a readable picture ({' '.join(str(error).split())})") from None
 
 
 def read_listing(path: Path) -> list[tuple[str, str]]:
     """(file, prompt) of every line of a .jsonl."""
-    pairs = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            file, prompt = row["file"] + "", row["prompt"] + ""
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}:{number}: expected an object with `file` and `prompt`") from None
-        if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise UserError(f"{path}:{number}: {file} lies outside the folder")
-        pairs.append((file, prompt.encode(errors="replace").decode()))           # JSON can hold half an emoji
-    if not pairs:
+    rows = read_lines(path, file=str, prompt=str)
+    for row in rows:
+        if Path(row["file"]).is_absolute() or ".." in Path(row["file"]).parts:
+            raise UserError(f"{path}: {row['file']!r:.200} lies outside the folder")
+    if not rows:
         raise UserError(f"{path}: no picture in it")
-    return pairs
+    return [(row["file"], row["prompt"].encode(errors="replace").decode()) for row in rows]      # half an emoji: ?
 
 
 def read_pairs(folder: Path, prompts: str | None, promptless: bool = False) -> list[tuple[str, str]]:
@@ -72,7 +44,7 @@ def read_pairs(folder: Path, prompts: str | None, promptless: bool = False) -> l
     # sheet.png is the contact sheet that our own programs write.
     files = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name != "sheet.png")
     listing = Path(prompts) if prompts else folder / "images.jsonl"
-    if listing.is_file() and (prompts is None or listing.suffix == ".jsonl" and b'"file"' in listing.read_bytes()):
+    if listing.is_file() and (prompts is None or listing.suffix == ".jsonl" and '"file"' in read_text(listing)):
         pairs = read_listing(listing)
         unlisted = sorted(set(files) - {file for file, _ in pairs})
         if unlisted:
@@ -122,16 +94,16 @@ def parse_args():
     parser.add_argument("--prompts", metavar="FILE", help=".jsonl, .txt, .tsv, .csv (default: DIR/images.jsonl)")
     parser.add_argument("--scorers", default="pickscore", metavar="A,B,...", help="see model/scorers.py")
     parser.add_argument("--out", default="scores.jsonl", metavar="FILE")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures scored at once")
-    parser.add_argument("--device", default="auto", help="auto is cuda, else mps, else cpu")
+    parser.add_argument("--batch-size", type=cli.whole(1), default=8, help="pictures scored at once")
+    parser.add_argument("--device", type=cli.device_name, default="auto", help="auto is cuda, else mps, else cpu")
     parser.add_argument(
         "--dtype", default="float32", choices=tuple(cli.DTYPES), help="the half precisions make ties between scores")
     args = parser.parse_args()
     args.scorers = list(dict.fromkeys(name.strip() for name in args.scorers.split(",") if name.strip()))
     if not args.scorers:
         raise UserError("--scorers: none given, such as pickscore,clip")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
+    if Path(args.out).is_dir():
+        raise UserError(f"--out {args.out}: a folder; give a file, such as {Path(args.out) / 'scores.jsonl'}")
     return args
 
 
@@ -158,7 +130,7 @@ def main() -> None:
         if values:
             print(f"{name}: mean {sum(values) / len(values):.4f} of {len(values)} pictures")
     for problem in [*bad.values(), *problems]:
-        print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {' '.join(problem.splitlines())}", file=sys.stderr)
     if bad or problems:
         sys.exit(2)
 

@@ -3,24 +3,20 @@ their pictures come to be, the same prompts from the same seeds on every side.
 """
 
 import argparse
-import hashlib
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 import cli
-from generate import check_sampling_options, decode, draw, load_loras, settings
+from generate import check_sampling_options, draw_pictures, drawing_settings, load_loras, settings
 from model.checkpoint import PAPER_PEOPLE, Pipeline, load_pipeline
 from model.errors import UserError
-from pictures import parameters, to_images, write_png
-from sampling import encode_prompts
-from score import open_picture
+from model.files import digest_all, files_read, read_lines
+from pictures import open_picture, parameters, read_parameters, write_png
+
+LIKE = ("Steps", "Sampler", "CFG scale", "Clip skip", "Prompt weights", "Negative prompt")     # A1111's names
 
 
 @dataclass(frozen=True)
@@ -39,14 +35,6 @@ class Side:
 
     def __str__(self) -> str:
         return " + ".join([self.model, *self.loras, *["LAN"] * self.lan])
-
-    def digest(self) -> str:
-        """Changes with the LoRAs' bytes, and with pictures drawn elsewhere; what was made from them is then stale."""
-        if self.drawn:
-            files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(self.model).glob("*.png"))]
-            return hashlib.sha256(repr(files).encode()).hexdigest()
-        paths = [Path(spec) if Path(spec).is_file() else Path(spec.rpartition(":")[0]) for spec in self.loras]
-        return hashlib.sha256(b"".join(path.read_bytes() for path in paths if path.is_file())).hexdigest()
 
 
 def parse_side(name: str, text: str, lan: bool = False) -> Side:
@@ -69,6 +57,8 @@ def parse_sides(args: argparse.Namespace) -> list[Side]:
         raise UserError(f"--compare {args.compare}: a name stands for two candidates")
     sides = [parse_side("baseline", args.baseline or args.model), *candidates]
     for side in sides:
+        for spec in side.loras:
+            cli.lora_spec(spec)
         if side.drawn and side.loras:
             raise UserError(f"{side.model}: a folder of pictures; a LoRA comes too late for them")
         if side.lan and (not side.loras or args.sampler == "ddpm"):
@@ -112,12 +102,8 @@ def make_rows(args: argparse.Namespace, sides: list[Side]) -> list[dict]:
 def read_drawn(side: Side) -> tuple[list[dict], tuple[int, int]]:
     """The rows of a folder's images.jsonl, all of whose pictures are there, and their width and height."""
     folder = Path(side.model)
-    try:
-        lines = (folder / "images.jsonl").read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines if line]
-        rows = [{"file": row["file"] + "", "prompt": row["prompt"] + "", "seed": int(row["seed"])} for row in rows]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{folder / 'images.jsonl'}: expected file, prompt and seed in every line") from None
+    rows = [{key: row[key] for key in ("file", "prompt", "seed")}
+            for row in read_lines(folder / "images.jsonl", file=str, prompt=str, seed=int)]
     if not rows or any(Path(row["file"]).name != row["file"] for row in rows):
         raise UserError(f"{folder / 'images.jsonl'}: no picture in it, or one outside of its folder")
     if lost := [row["file"] for row in rows if not (folder / row["file"]).is_file()]:
@@ -125,28 +111,35 @@ def read_drawn(side: Side) -> tuple[list[dict], tuple[int, int]]:
     return rows, open_picture(folder / rows[0]["file"]).size
 
 
+def unlike_settings(args: argparse.Namespace, sides: list[Side], rows: list[dict]) -> list[str]:
+    """How the sides were not drawn alike, in words: what sampler or guidance do is then judged along with the models.
+    Pictures tell how they were drawn (generate.py's and A1111's do); those that do not are not compared."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for side in sides:
+        text = parameters("", args.negative_prompt, drawing_settings(args))
+        if side.drawn:
+            text = open_picture(Path(side.model) / rows[0]["file"]).info.get("parameters")
+        told = read_parameters(text) if isinstance(text, str) else None
+        for name in LIKE if told else ():
+            found.setdefault(name, {}).setdefault(told.get(name, "the default"), []).append(side.name)
+    return [f"{name} is " + " and ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
+            for name, values in found.items() if len(values) > 1]
+
+
 # Drawing
 
-def load_side(args, side: Side, device: torch.device, dtype: torch.dtype) -> Pipeline:
-    pipeline = load_pipeline(side.model, device, dtype, args.vae, args.prediction_type)
+def load_side(args, side: Side, device: torch.device, dtype: torch.dtype) -> tuple[Pipeline, str]:
+    """-> the pipeline, and the digest of all the files that it was read from."""
+    with files_read() as files:
+        pipeline = load_pipeline(side.model, device, dtype, args.vae, args.prediction_type)
+        load_loras(pipeline, list(side.loras))
     check_sampling_options(args, pipeline)
-    load_loras(pipeline, list(side.loras))
-    return pipeline
+    return pipeline, digest_all(files)
 
 
-def drawn_batch(args, pipeline: Pipeline, side: Side, rows: list[dict]) -> Iterator[tuple[dict, Image.Image]]:
-    """The pictures of one batch, as generate.py draws them."""
-    with torch.no_grad():
-        contexts = {prompt: encode_prompts(
-            [args.negative_prompt, prompt], pipeline.tokenizer, pipeline.text_encoder, args.prompt_weights,
-            args.clip_skip) for prompt in {row["prompt"]: None for row in rows}}                  # (2, M, D) each
-    for _, some in groupby(rows, key=lambda row: contexts[row["prompt"]].shape[1]):              # a1111's M may differ
-        some = list(some)
-        uncond, cond = torch.stack([contexts[row["prompt"]] for row in some], dim=1)             # (B, M, D) each
-        latents = draw(pipeline, cond, uncond, [row["seed"] for row in some], args.height, args.width, args.steps,
-                       args.guidance, args.sampler, side.lan)
-        for row, latent in zip(some, latents, strict=True):
-            yield row, to_images(decode(pipeline, latent[None]))[0]
+def drawn_digest(side: Side, rows: list[dict]) -> str:
+    """Of pictures that were drawn elsewhere."""
+    return digest_all([Path(side.model) / name for name in ("images.jsonl", *(row["file"] for row in rows))])
 
 
 def draw_side(
@@ -158,9 +151,10 @@ def draw_side(
     batches = [batch for batch in batches if not all((folder / row["file"]).is_file() for row in batch)]
     if not batches:
         return
-    pipeline = load_side(args, side, device, dtype)
+    pipeline, _ = load_side(args, side, device, dtype)
     as_drawn = argparse.Namespace(**{**vars(args), "lora": side.loras, "lan": side.lan})
-    pictures = (picture for batch in batches for picture in drawn_batch(args, pipeline, side, batch))
+    pictures = ((row, image) for batch in batches for row, (_, image) in zip(batch, draw_pictures(
+        args, pipeline, [row["prompt"] for row in batch], [row["seed"] for row in batch], side.lan), strict=True))
     for row, image in cli.progress(pictures, sum(map(len, batches)), f"drawing {side.name}"):
         if not (folder / row["file"]).is_file():
             about = parameters(row["prompt"], args.negative_prompt, settings(as_drawn, pipeline, row["seed"]))

@@ -13,6 +13,9 @@ Nothing on the page tells the sides apart: each participant has an order of pair
 count the pairs as they are shown, and pictures are sent without the settings that generate.py writes into them.
 """
 
+import cli
+
+# isort: split
 import contextlib
 import hashlib
 import io
@@ -20,22 +23,24 @@ import json
 import logging
 import math
 import random
+import re
 import shutil
 import socket
 import sqlite3
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import cli
 from evaluate import print_table, won
 from judgement import wilson, win_rate
 from model.errors import UserError
 from model.files import read_json, write_text
+from pictures import open_picture
 from report import KEPT_AREA
-from score import open_picture, read_listing
+from score import read_listing
 from sides import Side
 
 LONGEST_NAME = 60
@@ -149,11 +154,8 @@ def parse_args():
     parser.add_argument("--out", required=True, metavar="FILE", help="the database; the same command goes on with it")
     parser.add_argument("--export", metavar="DIR", help="instead of the page: write what was chosen so far")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets in other machines, without a password")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes any that is free")
-    args = parser.parse_args()
-    if not 0 <= args.port < 65536:
-        raise UserError(f"--port {args.port}: must be 0 to 65535")
-    return args
+    parser.add_argument("--port", type=cli.whole(0, 65535), default=8000, help="0 takes any that is free")
+    return parser.parse_args()
 
 
 def read_study(folder: Path, wanted: list[str] | None) -> Study:
@@ -165,11 +167,14 @@ def read_study(folder: Path, wanted: list[str] | None) -> Study:
     said = read_json(folder / "report.json").get("sides")
     if not isinstance(said, dict):
         raise UserError(f"{folder}: an evaluation of scorers, not of pictures; give one that compares two sides")
+    for name, made_of in said.items():
+        if not re.fullmatch(r"\w[\w.-]*", name) or not isinstance(made_of, str):
+            raise UserError(f"{folder / 'report.json'}: {name!r:.60} is no side that evaluate.py writes; make it again")
     names = wanted or list(said)
     if len(set(names)) != 2 or len(names) != 2 or not set(names) <= set(said):
         raise UserError(f"{folder}: give two of its sides, as in --sides {','.join(list(said)[:2])}; it has "
                         f"{', '.join(said)}")
-    folders = [Side(name, str(said[name])).folder(folder) for name in names]
+    folders = [Side(name, said[name]).folder(folder) for name in names]
     pairs, sizes, digest = [], set(), hashlib.sha256(repr(names).encode())
     for file, prompt in read_listing(folder / f"scores-{names[0]}.jsonl"):
         paths = [one / file for one in folders]
@@ -204,6 +209,8 @@ def open_study(path: Path, folder: str | None, sides: str | None) -> Study:
             if tables and not {"study", "answers"} <= tables:
                 raise UserError(f"{path}: a database of something else; choose another --out")
             row = db.execute("SELECT digest, folder, baseline, candidate FROM study").fetchone() if tables else None
+        if row is not None and not all(isinstance(text, str) for text in row):
+            raise UserError(f"{path}: a damaged database; take an older copy, or choose another --out")
     if row is None and folder is None:
         raise UserError(f"{path}: no study in it yet; begin one with --eval DIR")
     wanted = [name.strip() for name in sides.split(",")] if sides else row and list(row[2:])
@@ -220,9 +227,14 @@ def open_study(path: Path, folder: str | None, sides: str | None) -> Study:
     return study
 
 
-def answers_of(path: Path, participant: str) -> dict[int, str | None]:
+def read_answers(study: Study, path: Path) -> list[tuple[str, int, str | None]]:
+    """(participant, pair, preferred) of all answers."""
     with database(path) as db:
-        return dict(db.execute("SELECT pair, preferred FROM answers WHERE participant = ?", (participant,)))
+        rows = db.execute("SELECT participant, pair, preferred FROM answers ORDER BY participant, pair").fetchall()
+    for name, pair, preferred in rows:
+        if not isinstance(name, str) or pair not in range(len(study.pairs)) or preferred not in (None, *study.sides):
+            raise UserError(f"{path}: an answer {(name, pair, preferred)!r:.80}, which is none to these pairs; damaged")
+    return rows
 
 
 # The page
@@ -256,6 +268,11 @@ def make_app(study: Study, path: Path, trusted: list[str] | None = None):
         response.headers.setdefault("Cache-Control", "no-store")
         return response
 
+    @app.errorhandler(UserError)
+    def failed(error):
+        print(f"study.py: {error}", file=sys.stderr)                 # it names files: nothing for participants
+        return "This cannot be shown now. Please tell whoever asked you.", 500
+
     @app.get("/")
     def start():
         return flask.render_template_string(PAGE, total=total, longest=LONGEST_NAME)
@@ -265,7 +282,7 @@ def make_app(study: Study, path: Path, trusted: list[str] | None = None):
         """The pair that is asked for, else the first without an answer, else thanks."""
         if not (name := participant()):
             return flask.redirect("/")
-        answers = answers_of(path, name)
+        answers = {pair: preferred for who, pair, preferred in read_answers(study, path) if who == name}
         left_over = (number for number, (pair, _) in enumerate(study.order(name), 1) if pair not in answers)
         number = flask.request.args.get("number", type=int)
         number = next(left_over, None) if number is None else number
@@ -281,7 +298,7 @@ def make_app(study: Study, path: Path, trusted: list[str] | None = None):
     @app.get("/picture/<int:number>/<any(left, right):side>")
     def picture(number: int, side: str):
         pair, candidate_left = place(participant(), number)
-        image = open_picture(study.pairs[pair][1 + ((side == "left") == candidate_left)]).convert("RGB")
+        image = open_picture(study.pairs[pair][1 + ((side == "left") == candidate_left)])
         image.info.clear()                     # generate.py's settings in it name the LoRA
         file = io.BytesIO()
         image.save(file, "PNG", compress_level=1)
@@ -335,8 +352,7 @@ def rate(votes: list[int]) -> dict:
 def export(study: Study, path: Path, out: Path) -> None:
     """`all` takes answers as independent. People who saw the same pair are not quite: its interval is then narrow, and
     that of `majority`, in which every pair counts once, is the one to go by."""
-    with database(path) as db:
-        rows = db.execute("SELECT participant, pair, preferred FROM answers ORDER BY participant, pair").fetchall()
+    rows = read_answers(study, path)
     if not rows:
         raise UserError(f"{path}: no answers in it yet")
     if out.is_dir() and any(out.iterdir()) and not (out / "study.json").is_file():

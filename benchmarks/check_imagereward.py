@@ -7,7 +7,6 @@ Hub's cache, and the four pictures of the authors' README (1.webp to 4.webp, fro
 Prints ours beside theirs; ends with 1 if one is more than 0.01 off.
 """
 
-import argparse
 import sys
 import urllib.request
 from pathlib import Path
@@ -15,8 +14,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import cli  # noqa: E402
 from model.scorers import load_scorer  # noqa: E402
-from score import open_picture  # noqa: E402
+from pictures import open_picture  # noqa: E402
 
 PROMPT = "a painting of an ocean with clouds and birds, day time, low depth field effect"
 PUBLISHED = [0.5811622738838196, 0.2745276093482971, -1.4131819009780884, -2.029569625854492]
@@ -25,9 +25,9 @@ CLOSE = 0.01                                   # theirs were scored on a GPU; pr
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=cli.Help)
     parser.add_argument("--images", default="imagereward_pictures", metavar="DIR")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=cli.device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scorer", default="imagereward", help="imagereward:SOURCE takes the weights from elsewhere")
     args = parser.parse_args()
 
@@ -46,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

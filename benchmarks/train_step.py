@@ -69,7 +69,7 @@ def ours(args, device: torch.device, dtype: torch.dtype, clock: Clock):
         t = torch.randint(0, 1000, (1,)).to(device)
         noise = torch.randn(1, 4, side, side).to(device).repeat(2, 1, 1, 1)
         x_t = add_noise(x0, noise, t.repeat(2), alphas_cumprod)
-        eps, eps_ref = predictions(unet, x_t, t.repeat(2), context, reference=True)
+        eps, eps_ref = predictions(unet, x_t, t.repeat(2), context, reference=True, compiled=args.compile)
         loss, _ = loss_of(options, eps, eps_ref, noise, t, alphas_cumprod)
         loss.backward()
         clock.mark("U-Net part")

@@ -48,7 +48,8 @@ def sums(eps: Tensor, eps_ref: Tensor, noise: Tensor) -> Tensor:
     planes, pixels, grid, acc = _grid(eps)
     dtype = torch.promote_types(eps.dtype, torch.float32)
     out = torch.empty((3, grid[1], planes), dtype=dtype, device=eps.device)
-    sums_kernel[grid](eps.contiguous(), eps_ref.contiguous(), noise.contiguous(), out, pixels, planes, BLOCK, acc)
+    with torch.cuda.device_of(eps):                            # Triton launches on the current device, not the tensors'
+        sums_kernel[grid](eps.contiguous(), eps_ref.contiguous(), noise.contiguous(), out, pixels, planes, BLOCK, acc)
     return out.sum(dim=1).unflatten(1, eps.shape[:2])
 
 
@@ -56,5 +57,6 @@ def gradient(eps: Tensor, noise: Tensor, grad: Tensor) -> Tensor:
     """eps, noise (2B, C, H, W) and the gradient (3, 2B, C) of the sums -> the gradient of eps, in its dtype."""
     planes, pixels, grid, acc = _grid(eps)
     out = torch.empty(eps.shape, dtype=eps.dtype, device=eps.device)
-    gradient_kernel[grid](eps.contiguous(), noise.contiguous(), grad.contiguous(), out, pixels, planes, BLOCK, acc)
+    with torch.cuda.device_of(eps):
+        gradient_kernel[grid](eps.contiguous(), noise.contiguous(), grad.contiguous(), out, pixels, planes, BLOCK, acc)
     return out

@@ -29,3 +29,10 @@ def statistic_matching_loss(
     mean_difference = (eps_w.to(dtype) - eps_ref_w.detach().to(dtype)).mean(dim=(2, 3))      # (B, C)
     k = ddpm_mean_gain(timesteps, alphas_cumprod).to(dtype)[:, None]             # (B, 1)
     return (k * mean_difference).pow(2).sum(dim=1).mean()
+
+
+def lambda_for(h: int, w: int) -> float:
+    """A lambda for latents of h x w, from the paper's 10,000 at 88x128 (pictures of 704x1024): the noise that
+    preference gradients put on a channel mean has a variance of 1/(h w), and so has the weight that holds the mean
+    against it. 27,500 for 512x512. A rule of thumb of ours, not of the paper."""
+    return 10_000 * 88 * 128 / (h * w)

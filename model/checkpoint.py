@@ -83,11 +83,12 @@ def mend_vae_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def mend_text_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the index buffer of old files (merges damage it; positions are always 0, 1, 2, ...) and with the
-    `text_model.` that transformers 5 and the NovelAI lineage leave out."""
+    """Without the index buffer of old files (merges damage it; positions are always 0, 1, 2, ...) and the projection
+    that ComfyUI saved in early 2024, which nothing uses; with the `text_model.` that transformers 5 and the NovelAI
+    lineage leave out."""
     return {
         "text_model." + name.removeprefix("text_model."): tensor for name, tensor in tensors.items()
-        if not name.endswith("embeddings.position_ids")}
+        if not name.endswith(("embeddings.position_ids", "text_projection.weight"))}
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from .clip import ACTIVATIONS
 from .errors import UserError
+from .files import is_a
 
 
 def refuse(where: str, key: str, value: object, wanted: object) -> None:
-    raise UserError(f"{where}: {key} is {value!r}, and SD1.5 has {wanted!r}; this model is of another kind")
+    raise UserError(f"{where}: {key} is {value!r:.150}, and SD1.5 has {wanted!r}; this model is of another kind")
 
 
 def check_config(where: str, config: dict, fixed: dict[str, object], free: Sequence[str]) -> None:
@@ -30,12 +31,13 @@ def check_config(where: str, config: dict, fixed: dict[str, object], free: Seque
 
 
 def numbers(where: str, config: dict, defaults: dict[str, int | tuple[int, ...]]) -> dict:
-    """Of config the keys of `defaults`: a whole number from 1 on, or a list of them where the default is a tuple."""
+    """Of config the keys of `defaults`: a whole number from 1 on, or a list of them where the default is a tuple. No
+    network is as wide or as deep as the limits: a damaged number is not to be built from."""
     found = {}
     for key, default in defaults.items():
         value, several = config.get(key, default), isinstance(default, tuple)
-        items = value if several else [value]
-        if not items or not isinstance(items, (list, tuple)) or any(type(n) is not int or n < 1 for n in items):
+        items, limit = value if several else [value], 1000 if "layers" in key else 1_000_000
+        if not items or not isinstance(items, (list, tuple)) or not all(is_a(n, int) and 0 < n <= limit for n in items):
             refuse(where, key, value, "a list of whole numbers" if several else "a whole number")
         found[key] = tuple(value) if several else value
     return found
@@ -80,9 +82,12 @@ def unet_arguments(config: dict, where: str) -> dict:
     check_divides(where, "norm_num_groups", arguments["norm_num_groups"], widths)
     attended = [width for width, a in zip(widths, attention) if a] + [widths[-1]]      # the middle block always has it
     check_divides(where, "attention_head_dim", arguments["attention_head_dim"], attended)
-    size = config.get("sample_size") or 64
-    if not (isinstance(size, int) or isinstance(size, list) and len(size) == 2):
-        refuse(where, "sample_size", size, 64)
+    size = config.get("sample_size")
+    if size is not None:
+        several = isinstance(size, list)
+        numbers(where, config, {"sample_size": (64, 64) if several else 64})
+        if several and len(size) != 2:
+            refuse(where, "sample_size", size, 64)
     return {**arguments, "attention": tuple(attention)}
 
 
@@ -99,7 +104,7 @@ def vae_arguments(config: dict, where: str) -> dict:
             refuse(where, key, config.get(key), [kind] * len(widths))
     if arguments["latent_channels"] != 4:
         refuse(where, "latent_channels", config["latent_channels"], 4)
-    if not isinstance(factor, (int, float)) or factor <= 0:
+    if not is_a(factor, float) or not 0 < factor < 1e6:
         refuse(where, "scaling_factor", factor, 0.18215)
     check_divides(where, "norm_num_groups", arguments["norm_num_groups"], widths)
     return {**arguments, "scaling_factor": factor}
@@ -107,14 +112,19 @@ def vae_arguments(config: dict, where: str) -> dict:
 
 def text_arguments(config: dict, where: str) -> dict:
     config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    act = config.get("hidden_act", "quick_gelu")
-    if act not in list(ACTIVATIONS):
-        refuse(where, "hidden_act", act, "quick_gelu")
-    if config.get("layer_norm_eps", 1e-5) != 1e-5:
-        refuse(where, "layer_norm_eps", config["layer_norm_eps"], 1e-5)
-    arguments = numbers(where, config, {
+    return tower_arguments(config, where, {
         "vocab_size": 49408, "hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8,
         "intermediate_size": 2048, "max_position_embeddings": 77})
+
+
+def tower_arguments(config: dict, where: str, defaults: dict[str, int]) -> dict:
+    """Either tower of a CLIP."""
+    act = config.get("hidden_act", "quick_gelu")
+    if act not in list(ACTIVATIONS):
+        refuse(where, "hidden_act", act, " or ".join(ACTIVATIONS))
+    if config.get("layer_norm_eps", 1e-5) != 1e-5:
+        refuse(where, "layer_norm_eps", config["layer_norm_eps"], 1e-5)
+    arguments = numbers(where, config, defaults)
     check_divides(where, "num_attention_heads", arguments["num_attention_heads"], [arguments["hidden_size"]])
     return {**arguments, "hidden_act": act}
 
@@ -141,9 +151,9 @@ def check_scheduler(config: dict, where: str) -> None:
             refuse(where, "trained_betas", trained, "none, or 1000 of them")
         betas |= {f"trained_betas[{i}]": beta for i, beta in enumerate(trained)}
     for key, beta in betas.items():
-        if not isinstance(beta, (int, float)) or not 0 < beta < 1:
+        if not is_a(beta, float) or not 0 < beta < 1:
             refuse(where, key, beta, "numbers between 0 and 1")
-    if type(config.get("steps_offset", 0)) is not int:
+    if not is_a(config.get("steps_offset", 0), int) or config.get("steps_offset", 0) not in (0, 1):
         refuse(where, "steps_offset", config["steps_offset"], 1)
 
 
@@ -152,14 +162,9 @@ def clip_arguments(config: dict, where: str) -> dict:
     for part in ("text_config", "vision_config"):
         if not isinstance(config.get(part), dict):
             raise UserError(f"{where}: no {part}; expected the config of a CLIPModel")
-    defaults = {
+    vision = tower_arguments(config["vision_config"], where, {
         "image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "intermediate_size": 3072, "hidden_act": "quick_gelu"}
-    vision = {key: config["vision_config"].get(key, default) for key, default in defaults.items()}
-    if vision["hidden_act"] not in ACTIVATIONS:
-        refuse(where, "hidden_act", vision["hidden_act"], "quick_gelu or gelu")
-    if config["vision_config"].get("layer_norm_eps", 1e-5) != 1e-5:
-        refuse(where, "layer_norm_eps", config["vision_config"]["layer_norm_eps"], 1e-5)
+        "intermediate_size": 3072})
     return {
         "text": text_arguments(config["text_config"], where), "vision": vision,
-        "projection_dim": config.get("projection_dim", 512)}
+        **numbers(where, config, {"projection_dim": 512})}

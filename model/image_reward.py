@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .blip import BLIP
 from .checkpoint import load_weights
 from .errors import UserError
+from .files import was_read
 from .preprocess import openai_preprocess, to_batch
 from .reward_head import RewardHead
 from .scorer_files import find_file, read_weights
@@ -30,6 +31,7 @@ class WordPiece:
 
     def __init__(self, path: Path):
         """From vocab.txt or tokenizer.json."""
+        was_read(path)
         try:
             if path.suffix == ".json":
                 core = tokenizers.Tokenizer.from_file(str(path))

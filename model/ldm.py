@@ -108,7 +108,7 @@ def kind_of_file(shapes: dict[str, tuple[int, ...]]) -> str:
 
     first = shapes.get(UNET + "input_blocks.0.0.weight")
     to_k = shapes.get(UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
-    if has("lora_unet_", "lora_te", ".lora_", "_lora.", ".lora.", "hada_", "lokr_"):
+    if has("lora_unet_", "lora_te", "lycoris_", ".lora_", "_lora.", ".lora.", "hada_", "lokr_"):
         return "a LoRA; pass it with --lora, on top of a model"
     if has("control_model.", "controlnet_cond_embedding."):
         return "a ControlNet, which is not supported"

@@ -4,11 +4,11 @@ A layer becomes a subclass of itself that keeps its parameter's names and tensor
 the same U-Net: with the LoRA off its output is the base's, bit for bit, which is what the reference of DPO is.
 
 Files are written so that diffusers, A1111 and ComfyUI all read them (kohya's names, alpha in the file), and read in
-every form there is for SD1.5: peft, diffusers' two older ones, kohya on diffusers' or LDM's block names, LoCon.
+every form there is for SD1.5: peft, diffusers' two older ones, kohya on diffusers' or LDM's block names, LoCon,
+LyCORIS's own, ComfyUI's.
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +19,22 @@ from torch import Tensor, nn
 
 from . import ldm
 from .errors import UserError
-from .files import read_header, read_json, read_tensors, write_tensors
+from .files import is_a, parse_object, read_header, read_json, read_tensors, write_tensors
 
 ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
 REFUSED = {
     "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr",
-    "lora_mid": "LoCon in CP form", "oft_": "OFT", ".diff.": "a full difference", "w_norm": "norm training"}
+    "lora_mid": "LoCon in CP form", "oft_": "OFT", ".diff.": "a full difference", ".diff_b": "a full difference",
+    "w_norm": "norm training"}
 ENDS = {                                                       # the end of a tensor's name -> which matrix it is
     ".lora_A.weight": "A", ".lora_B.weight": "B", ".lora.down.weight": "A", ".lora.up.weight": "B",
     ".lora_down.weight": "A", ".lora_up.weight": "B", ".lora_linear_layer.down.weight": "A",
     ".lora_linear_layer.up.weight": "B", "_lora.down.weight": "A", "_lora.up.weight": "B", ".alpha": "alpha"}
+# What comes before a layer's name, which is then written with underscores where this ends in one. lora_te1_ is what
+# diffusers calls the only text encoder when it writes kohya's names.
+UNET = ("unet.", "lora_unet_", "lycoris_")
+TEXT_ENCODER = ("text_encoder.", "text_encoders.clip_l.transformer.", "lora_te_", "lora_te1_", "lycoris_")
+OF_A_TEXT_ENCODER = re.compile(r"text_encoder|lora_te|lycoris_(text_model|encoder)_")
 
 
 class Adapters(nn.Module):
@@ -39,6 +45,7 @@ class Adapters(nn.Module):
         self.lora_alpha: dict[str, float] = {}                 # as trained
         self.lora_weight: dict[str, float] = {}                # as used: 1, or less to stay nearer to the base
         self.lora_on = True
+        self.lora_switch: Tensor | None = None                 # 0 or 1, in a compiled model: see `lora_by_tensor`
 
     def add(self, name: str, A: Tensor, B: Tensor, alpha: float, weight: float = 1.0) -> None:
         self.refuse_unless_on(name)
@@ -54,7 +61,8 @@ class Adapters(nn.Module):
         """(A, B, scale) of every LoRA. A and B may be kept in float32 over a base in half precision."""
         for name, weight in self.lora_weight.items():
             A, B = self.lora_A[name], self.lora_B[name]
-            yield A.to(dtype), B.to(dtype), weight * self.lora_alpha[name] / A.shape[0]
+            scale = weight * self.lora_alpha[name] / A.shape[0]
+            yield A.to(dtype), B.to(dtype), scale if self.lora_switch is None else scale * self.lora_switch
 
 
 class LoRALinear(nn.Linear, Adapters):
@@ -109,17 +117,31 @@ def inject_lora(
     return parameters
 
 
+def lora_by_tensor(model: nn.Module) -> None:
+    """Makes the switch of all LoRAs a tensor that multiplies them. On and off are then one and the same compiled graph:
+    two graphs, one without the LoRA, would be fused differently, and their rounding would look like a preference."""
+    layers = list(lora_layers(model).values())
+    switch = torch.ones((), device=layers[0].weight.device)
+    for layer in layers:
+        layer.lora_switch = switch
+
+
 @contextlib.contextmanager
 def lora_disabled(model: nn.Module) -> Iterator[None]:
     """Within the block the model is its frozen base."""
     layers = [layer for layer in lora_layers(model).values() if layer.lora_on]
+    switches = {id(layer.lora_switch): layer.lora_switch for layer in layers if layer.lora_switch is not None}
     for layer in layers:
-        layer.lora_on = False
+        layer.lora_on = layer.lora_switch is not None
+    for switch in switches.values():
+        switch.zero_()
     try:
         yield
     finally:
         for layer in layers:
             layer.lora_on = True
+        for switch in switches.values():
+            switch.fill_(1)
 
 
 def set_lora_weight(model: nn.Module, weight: float, name: str = "default") -> None:
@@ -182,25 +204,22 @@ def save_lora(
     write_tensors(Path(path), tensors, about | (metadata or {}))
 
 
-def stems(model: nn.Module, prefixes: tuple[str, str]) -> dict[str, str]:
-    """All names that files give to a model's layers -> the layer's path. `prefixes` are kohya's and diffusers'. Made
+def stems(model: nn.Module, prefixes: tuple[str, ...]) -> dict[str, str]:
+    """All names that files give to a model's layers -> the layer's path. `prefixes` are UNET or TEXT_ENCODER. Made
     forward from the model's own names: kohya's underscores cannot be read backward."""
-    kohya, dotted = prefixes
     table = {}
     for path, layer in model.named_modules():
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             continue
-        flat = path.replace(".", "_")
         head, _, leaf = path.removesuffix(".0").rpartition(".")
-        for stem in (
-            f"{dotted}.{path}", path, f"base_model.model.{path}", f"{kohya}_{flat}",
-            f"{dotted}.{head}.processor.{leaf}", f"{head}.processor.{leaf}",             # diffusers' first form
-            f"{dotted}.{path}".replace(".text_model.", "."), f"{kohya}_{flat}".replace("_text_model_", "_"),
-        ):
-            table[stem] = path
-        if kohya == "lora_unet" and len(model.down_blocks) == 4:                         # SD1.5's depth: LDM's blocks
+        processor = f"{head}.processor.{leaf}"                                           # diffusers' first form
+        names = [path, f"base_model.model.{path}", processor, prefixes[0] + processor]
+        for name in (path, path.removeprefix("text_model.")):
+            names += [prefix + (name.replace(".", "_") if prefix.endswith("_") else name) for prefix in prefixes]
+        if prefixes is UNET and len(model.down_blocks) == 4:                             # SD1.5's depth: LDM's blocks
             ldm_path = ldm.unet_name(f"{path}.weight").removesuffix(".weight")
-            table["lora_unet_" + ldm_path.replace(".", "_")] = path
+            names += ["lora_unet_" + ldm_path.replace(".", "_"), f"diffusion_model.{ldm_path}"]
+        table |= dict.fromkeys(names, path)
     return table
 
 
@@ -217,27 +236,28 @@ def load_lora(
         raise UserError(f"{path}: no such LoRA file")
     _, metadata = read_header(Path(path))
     tensors = read_tensors(path)
-    for key in tensors:
+    # Tensors of zeros say nothing: ComfyUI writes them for norms, biases and embeddings that did not change.
+    for key, tensor in tensors.items():
         for mark, kind in REFUSED.items():
-            if mark in f"{key}.":
+            if mark in f"{key}." and tensor.any():
                 raise UserError(f"{path}: {kind}, not plain LoRA ({key}); not supported")
     if not any(key.endswith(tuple(ENDS)) for key in tensors):
         raise UserError(f"{path}: not a LoRA; it has no lora_A, lora_down or the like")
-    if any(key.startswith(("lora_te1_", "lora_te2_", "text_encoder_2.")) for key in tensors) \
+    if any(key.startswith(("lora_te2_", "text_encoder_2.", "text_encoders.clip_g.")) for key in tensors) \
             or metadata.get("ss_base_model_version", "").startswith("sdxl"):
         raise UserError(f"{path}: a LoRA for SDXL; only Stable Diffusion 1.x is supported")
 
-    places = {stem: (model, layer) for stem, layer in stems(model, ("lora_unet", "unet")).items()}
+    places = {stem: (model, layer) for stem, layer in stems(model, UNET).items()}
     if text_encoder is not None:
-        places |= {stem: (text_encoder, p) for stem, p in stems(text_encoder, ("lora_te", "text_encoder")).items()}
+        places |= {stem: (text_encoder, layer) for stem, layer in stems(text_encoder, TEXT_ENCODER).items()}
     found: dict[tuple[nn.Module, str], dict[str, Tensor]] = {}
     strange = []
     for key, tensor in tensors.items():
         end = next((end for end in ENDS if key.endswith(end)), "")
         stem = key.removesuffix(end)
         if end and stem in places:
-            found.setdefault(places[stem], {})[ENDS[end]] = tensor
-        elif text_encoder is not None or not key.startswith(("lora_te_", "text_encoder.")):
+            found.setdefault(places[stem], {})[ENDS[end]] = tensor.float()
+        elif tensor.any() and (text_encoder is not None or not OF_A_TEXT_ENCODER.match(key)):
             strange.append(key)
     if strange:
         raise UserError(
@@ -246,49 +266,62 @@ def load_lora(
     if not found:
         raise UserError(f"{path}: covers the text encoder alone, and there is none here to load it into")
 
-    config, ready = peft_config(Path(path), tensors, metadata), []
+    where, config = peft_config(Path(path), tensors, metadata)
+    ready = []
     for (module, layer_path), parts in found.items():
         layer = module.get_submodule(layer_path)
         if "A" not in parts or "B" not in parts:
             raise UserError(f"{path}: half of the pair for {layer_path} is missing; the file is damaged")
-        A, B, rank = parts["A"], parts["B"], parts["A"].shape[0]
-        out, into = layer.weight.shape[:2]
-        if A.numel() != rank * layer.weight[0].numel() or B.numel() != out * rank:
+        A, B = parts["A"], parts["B"]
+        rank = len(A) if A.ndim else 0
+        out, into = len(layer.weight), layer.weight[0].numel()
+        if not rank or A.numel() != rank * into or B.numel() != out * rank:
+            theirs = f"{A.numel() // rank} -> {B.numel() // rank}" if rank else "of rank 0"
             raise UserError(
-                f"{path}: {layer_path} is {into} -> {out} here, and the LoRA's is {A.shape[1]} -> {B.shape[0]}; "
-                "it is for another model")
+                f"{path}: {layer_path} is {into} -> {out} here, and the LoRA's is {theirs}; it is for another model")
         A = A.view(rank, *layer.weight.shape[1:])              # 1x1 convolutions and linears are stored as either
         B = B.view(out, rank, *[1] * (layer.weight.ndim - 2))
         if not all(torch.isfinite(tensor).all() for tensor in parts.values()):
             raise UserError(f"{path}: NaN or infinite values at {layer_path}; the file is damaged")
-        if "alpha" in parts:
+        if "alpha" not in parts:
+            alpha = config_alpha(config, "unet" if module is model else "text_encoder", layer_path, rank, where)
+        elif parts["alpha"].numel() == 1:
             alpha = parts["alpha"].item() or rank              # kohya writes 0 for none
         else:
-            alpha = config_alpha(config, "unet" if module is model else "text_encoder", layer_path, rank)
+            raise UserError(f"{path}: alpha at {layer_path} is no single number; the file is damaged")
         place = layer.weight.device
-        ready.append((layer, A.to(place, torch.float32), B.to(place, torch.float32), alpha))
+        ready.append((layer, A.to(place), B.to(place), alpha))
     for layer, A, B, alpha in ready:                           # all of them or, where one is refused, none
         adapted(layer).add(name, A, B, alpha, weight)
         layer.requires_grad_(False)
 
 
-def peft_config(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict:
-    """What peft was told: newer diffusers writes it into the header; peft's own files have it in a file beside them."""
+def peft_config(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[str, dict]:
+    """What peft was told, and where: newer diffusers writes it into the header; peft's own files have it in a file
+    beside them."""
     beside = path.with_name("adapter_config.json")
     if "lora_adapter_metadata" in metadata:
-        return json.loads(metadata["lora_adapter_metadata"])
+        where = f"{path}, lora_adapter_metadata"
+        return where, parse_object(metadata["lora_adapter_metadata"], where, {})
     if beside.is_file() and any(key.startswith("base_model.model.") for key in tensors):
-        return read_json(beside)
-    return {}
+        return str(beside), read_json(beside)
+    return str(path), {}
 
 
-def config_alpha(config: dict, part: str, layer_path: str, rank: int) -> float:
+def config_alpha(config: dict, part: str, layer_path: str, rank: int, where: str) -> float:
     """A layer's alpha by peft's rules; `part` prefixes the keys of diffusers' pipelines."""
-    def value(key: str):
-        return config.get(f"{part}.{key}", config.get(key))
+    def value(key: str, kind: type, default):
+        found = config.get(f"{part}.{key}", config.get(key))
+        if found is not None and not is_a(found, kind):
+            raise UserError(f"{where}: {key} is {found!r:.40}; {kind.__name__} was expected. The file is damaged")
+        return default if found is None else found
 
-    alpha = value("lora_alpha") or rank
-    for pattern, other in (value("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer_path):
-            alpha = other
-    return alpha * rank**0.5 if value("use_rslora") else alpha
+    alpha = value("lora_alpha", float, rank) or rank
+    for pattern, other in value("alpha_pattern", dict, {}).items():
+        try:
+            alpha = other if re.fullmatch(rf"(.*\.)?({pattern})", layer_path) else alpha
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UserError(f"{where}: alpha_pattern has {pattern!r:.40}, no regular expression ({error})") from None
+    if not is_a(alpha, float) or not abs(alpha) < 1e30:
+        raise UserError(f"{where}: alpha at {layer_path} is {alpha!r:.40}; a finite number was expected")
+    return alpha * rank**0.5 if value("use_rslora", bool, False) else alpha

@@ -7,7 +7,8 @@ better. PickScore (arXiv 2305.01569) is the one that HG-DPO selects its pairs by
     aesthetic               about 4 to 7; the prompt is ignored           LAION's head on CLIP ViT-L/14
     clip                    100 * cosine, about 15 to 35                  OpenAI's CLIP ViT-L/14
     paper-people, a folder, a Hub id: any CLIP in transformers' layout, scored as pickscore
-    FILE.py:CLASS           one's own
+    FILE.py:NAME            one's own: a class, called with the device once, whose objects score; or a function that
+                            scores, (images, prompts) -> B numbers. FILE.py may import files that lie beside it
     0.5*pickscore+2*imagereward   a weighted sum of any of them
 
 `NAME:SOURCE` takes the weights from elsewhere: a file, a folder or a Hub id (clip:openai/clip-vit-base-patch32).
@@ -15,10 +16,15 @@ Scores of one prompt's pictures compare; those of different prompts do so less, 
 """
 
 import importlib.util
+import inspect
 import math
 import re
+import sys
+import traceback
 from collections.abc import Callable, Sequence
+from modulefinder import ModuleFinder
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from PIL import Image
@@ -28,7 +34,7 @@ from .checkpoint import PAPER_PEOPLE, load_weights, read_part
 from .clip import CLIP
 from .configs import clip_arguments
 from .errors import UserError
-from .files import read_json
+from .files import digest_of, is_a, read_json, was_read
 from .hub import HUB_ID, weight_files
 from .image_reward import load_image_reward
 from .open_clip import from_open_clip
@@ -157,15 +163,20 @@ def clip_preprocessor(folder: Path, image_size: int) -> dict:
         config |= read_json(path)
     elif (folder / "processor_config.json").is_file():
         path = folder / "processor_config.json"
-        config |= read_json(path).get("image_processor", {})
+        config |= read_json(path, image_processor=dict)["image_processor"]
     square = {"height": image_size, "width": image_size}
     fixed = {"do_resize": [True], "do_center_crop": [True], "do_rescale": [True], "do_normalize": [True],
              "resample": [3], "crop_size": [image_size, square]}
     for key, values in fixed.items():
         if config.get(key, values[0]) not in values:
-            raise UserError(f"{path}: {key} is {config[key]}, and this network takes {values[0]}")
-    if isinstance(config["size"], dict) and "shortest_edge" not in config["size"]:
-        raise UserError(f"{path}: size is {config['size']}; only a shortest_edge is supported")
+            raise UserError(f"{path}: {key} is {config[key]!r:.60}, and this network takes {values[0]}")
+    size = config["size"].get("shortest_edge") if isinstance(config["size"], dict) else config["size"]
+    if not is_a(size, int) or size < 1:
+        raise UserError(f"{path}: size is {config['size']!r:.60}; only a shortest_edge is supported")
+    for key in ("image_mean", "image_std"):
+        value = config.get(key, [1, 1, 1])
+        if not is_a(value, list) or len(value) != 3 or not all(is_a(x, float) and math.isfinite(x) for x in value):
+            raise UserError(f"{path}: {key} is {value!r:.60}; three numbers were expected")
     return config
 
 
@@ -197,23 +208,52 @@ def load_aesthetic(
 
 
 def load_own(file: str, name: str, device: str | torch.device) -> Scorer:
-    """A class of one's own: CLASS(device) once, then scorer(images, prompts) -> B numbers. What it raises is shown as
-    it is, with its traceback."""
-    if not Path(file).is_file():
-        raise UserError(f"{file}: no such file; a scorer of one's own is FILE.py:CLASS")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise UserError(f"{file}: no {name} in it; a scorer of one's own is FILE.py:CLASS")
-    scorer = getattr(module, name)(device)
+    """A scorer of one's own, a class or a function (see the head). An error that it raises while it scores is its
+    author's, and keeps its traceback."""
+    made = getattr(load_module(Path(file)), name, None)
+    if not callable(made):
+        raise UserError(f"{file}: no class and no function {name} in it; a scorer of one's own is FILE.py:NAME")
+    scorer = made(device) if inspect.isclass(made) else made
 
     def score(images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        scores = torch.as_tensor(scorer(images, prompts), dtype=torch.float32).detach().cpu()
-        if scores.shape != (len(images),) or not scores.isfinite().all():
-            raise UserError(f"{file}:{name}: {len(images)} finite scores expected, got {scores.tolist()!r:.60}")
+        found = scorer(images, prompts)
+        try:
+            scores = torch.as_tensor(found, dtype=torch.float32).detach().cpu()
+        except (TypeError, ValueError, RuntimeError):          # no numbers
+            scores = None
+        if scores is None or scores.shape != (len(images),) or not scores.isfinite().all():
+            shown = " ".join(repr(found if scores is None else scores.tolist()).split())
+            raise UserError(f"{file}:{name}: {len(images)} finite scores expected, got {shown:.60}")
         return scores
     return score
+
+
+def load_module(file: Path) -> ModuleType:
+    """Runs a Python file. It finds its neighbours, after everything that is installed and our own modules."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; a scorer of one's own is FILE.py:NAME")
+    file = file.resolve()
+    folder = file.parent
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    name = f"own_scorer_{digest_of(str(file))[:16]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module                 # dataclasses look there for the module that they are in
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:               # its own, or a neighbour's
+        raise UserError(f"{error.filename or file}:{error.lineno or 1}: {error.msg}") from None
+    except (Exception, SystemExit) as error:
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if folder in Path(frame.filename).parents]
+        where = f"{own[-1].filename}:{own[-1].lineno}" if own else file
+        raise UserError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    finder = ModuleFinder([str(folder)])       # all that the file imports from its folder, itself among them
+    finder.run_script(str(file))
+    for found in finder.modules.values():
+        if found.__file__:
+            was_read(Path(found.__file__))
+    return module
 
 
 def parse_sum(text: str) -> list[tuple[float, str]]:
@@ -262,5 +302,5 @@ def load_scorer(
     if not Path(source).exists() and not HUB_ID.fullmatch(source):
         names = ", ".join([*SCORERS, *HPS, "imagereward", "aesthetic", "clip"])
         raise UserError(
-            f"{source}: no such file or folder, and no Hub id (owner/name), nor FILE.py:CLASS, nor one of {names}")
+            f"{source}: no such file or folder, and no Hub id (owner/name), nor FILE.py:NAME, nor one of {names}")
     return PickScore(*load_clip(source, device, dtype))

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 from .errors import UserError
-from .files import write_bytes
+from .files import is_a, parse_object, was_read, write_bytes
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -90,11 +90,14 @@ class Tokenizer:
         """Raises UserError where the folder holds neither form, or a damaged one."""
         folder = Path(folder)
         names = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-        files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+        files = {name: was_read(folder / name).read_bytes() for name in names if (folder / name).is_file()}
         try:
             config = json.loads(files.get("tokenizer_config.json", b"{}"))
             config |= json.loads(files.get("special_tokens_map.json", b"{}"))    # the map wins, as in transformers
-            max_length = min(int(config.get("model_max_length") or 77), 77)      # "no limit" is written as 1e30
+            max_length = config.get("model_max_length") or 77        # "no limit" is written as 1e30
+            if not is_a(max_length, float) or max_length < 3:
+                raise UserError(f"{folder}: model_max_length is {max_length!r:.40}; CLIP has 77")
+            max_length = int(min(max_length, 77))
             pad = config.get("pad_token") or EOS
             pad = pad if isinstance(pad, str) else pad["content"]
             if "vocab.json" in files and "merges.txt" in files:
@@ -103,6 +106,10 @@ class Tokenizer:
                     raise UserError(f"{folder}: merges.txt has {len(merges)} merges of 48894; download it again")
                 core = build(vocab, merges, pad)
             elif "tokenizer.json" in files:
+                where = f"{folder / 'tokenizer.json'}"
+                model = parse_object(files["tokenizer.json"].decode(), where, {"model": dict})["model"]
+                if model.get("continuing_subword_prefix"):           # on some of these the library ends the process
+                    raise UserError(f"{where}: has a continuing_subword_prefix, and CLIP's has none")
                 core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
                 core.no_truncation()       # a saved file can carry both; here `encode` does them
                 core.no_padding()

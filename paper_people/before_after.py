@@ -4,32 +4,33 @@ among all such, and below them the same seeds after HG-DPO.
     python -m paper_people.before_after demo/results demo/results/before_after.png
 """
 
-import argparse
-import json
+import cli
+
+# isort: split
 from pathlib import Path
 
-from PIL import Image
-
-import cli
 from model.checkpoint import PAPER_PEOPLE
 from model.errors import UserError
-from pictures import sheet, write_png
+from pictures import open_picture, sheet, write_png
+from score import read_listing
 
 from .judge import judge_pictures, load_judge
 from .measure import flaw
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    parser = cli.Parser(description=__doc__, formatter_class=cli.Help)
     parser.add_argument("results", type=Path, help="what evaluate.py wrote for `make results`")
     parser.add_argument("out", type=Path, help="the picture's file")
     args = parser.parse_args()
     judge, images, flaws = load_judge(PAPER_PEOPLE / "judge"), {}, {}
-    for side in ("baseline", "hg-dpo"):
-        folder = args.results / "images" / side
-        rows = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
-        prompts = [row["prompt"] for row in rows]
-        images[side] = [Image.open(folder / row["file"]) for row in rows]
+    folders = {side: args.results / "images" / side for side in ("baseline", "hg-dpo")}
+    listings = [read_listing(folder / "images.jsonl") for folder in folders.values()]
+    if listings[0] != listings[1]:
+        raise UserError(f"{args.results}: the two sides list other pictures or prompts; draw both alike")
+    files, prompts = zip(*listings[0])
+    for side, folder in folders.items():
+        images[side] = [open_picture(folder / file) for file in files]
         verdicts = judge_pictures(judge, images[side], prompts)
         flaws[side] = [flaw(verdict, prompt) for verdict, prompt in zip(verdicts, prompts)]
     wrong = [i for i, name in enumerate(flaws["baseline"]) if name != "right"]

@@ -7,61 +7,69 @@ They were made, with the checkpoint beside them, by the command that pairs/datas
 latents are kept. The texts are encoded anew; of the pictures only the sheet's are decoded.
 """
 
+import cli
+
+# isort: split
 import argparse
 import json
 from pathlib import Path
 
 import torch
 
-import cli
-from build_dataset import SHARD, SHEET_PAIRS, begin, finish, join_rows, locked, make_row, read_lines
-from generate import decode
+from dataset.folder import begin, locked, noted
+from dataset.reader import read_manifest, read_shard
+from dataset.rows import SHEET_PAIRS, Made, make_rows, pending_rows, summarise
+from generate import to_picture
 from model.checkpoint import PAPER_PEOPLE, load_pipeline
 from model.errors import UserError
-from model.files import read_json, read_tensors, write_tensors, write_text
-from pictures import to_images
+from model.files import digest_all, files_read, read_lines, read_tensors, write_tensors, write_text
 from sampling import encode_prompts
 
 PAIRS = PAPER_PEOPLE.parent / "pairs"
 
 
 def pack(data: Path) -> None:
-    about = read_json(data / "dataset.json")
-    if not about["finished"] or about["model"] != "paper-people":
-        raise UserError(f"{data}: a finished dataset of paper people is needed")
-    shards = [read_tensors(data / name) for name in about["shards"]]
-    latents = {key: torch.cat([shard[key] for shard in shards]) for key in ("latents_w", "latents_l")}
+    about = read_manifest(data)
+    if about["model"] != "paper-people":
+        raise UserError(f"{data}: a dataset of paper people is needed")
+    shards = [read_shard(data, about, name) for name in about["shards"]]
+    latents = {key: torch.cat([shard[key] for shard, _ in shards]) for key in ("latents_w", "latents_l")}
     write_tensors(PAIRS / "latents.safetensors", latents)
-    write_text(PAIRS / "pairs-00000.jsonl", "".join(json.dumps(line) + "\n" for line in read_lines(data)))
-    write_text(PAIRS / "dataset.json", json.dumps(about, indent=2) + "\n")
+    write_text(PAIRS / "pairs-00000.jsonl", "".join(json.dumps(line) + "\n" for _, lines in shards for line in lines))
+    write_text(PAIRS / "dataset.json", json.dumps({**about, "files": {}}, indent=2) + "\n")
     print(f"{PAIRS}: {len(latents['latents_w'])} pairs")
 
 
 def unpack(out: Path) -> None:
-    about, pipeline = read_json(PAIRS / "dataset.json"), load_pipeline("paper-people")
-    latents, lines = read_tensors(PAIRS / "latents.safetensors"), read_lines(PAIRS)
+    about = read_manifest(PAIRS)
+    with files_read() as files:
+        pipeline = load_pipeline("paper-people")
+        latents = read_tensors(PAIRS / "latents.safetensors")
+        lines = read_lines(PAIRS / "pairs-00000.jsonl", prompt=str)
+    if about["scaling_factor"] != pipeline.vae.scaling_factor:
+        raise UserError(f"{PAIRS}: made with another checkpoint; make them again, then --pack")
 
     @torch.no_grad()
-    def row(k: int) -> tuple[dict, dict, dict]:
-        line = {key: value for key, value in lines[k].items() if key != "id"}
-        context = encode_prompts([line["prompt"]], pipeline.tokenizer, pipeline.text_encoder)[0]
+    def row(k: int) -> Made:
+        context = encode_prompts([lines[k]["prompt"]], pipeline.tokenizer, pipeline.text_encoder)[0]
         tensors = {key: tensor[k] for key, tensor in latents.items()}
-        kinds = "wl" if k < SHEET_PAIRS else ""
-        pictures = {kind: to_images(decode(pipeline, tensors[f"latents_{kind}"][None]))[0] for kind in kinds}
-        return line, {**tensors, "context": context}, pictures
 
+        def picture(side: str):
+            seed = lines[k]["seeds"][lines[k]["winner" if side == "w" else "loser"]]
+            return to_picture(pipeline, tensors[f"latents_{side}"].float(), lines[k]["prompt"], seed)
+
+        pictures = {side: picture(side) for side in ("wl" if k < SHEET_PAIRS else "")}
+        return {key: value for key, value in lines[k].items() if key != "id"}, {**tensors, "context": context}, pictures
+
+    rows, options, inputs = len(lines), about["options"], {"model": digest_all(files)}
     facts = {key: about[key] for key in ("model", "context_width", "scaling_factor", "latent")}
-    if facts["scaling_factor"] != pipeline.vae.scaling_factor:
-        raise UserError(f"{PAIRS}: made with another checkpoint; make them again, then --pack")
-    with locked(out, 0, 1):
-        begin(out, about["options"])
-        for shard in cli.progress(range(len(about["shards"])), len(about["shards"]), "unpacking"):
-            numbers = range(shard * SHARD, min((shard + 1) * SHARD, len(lines)))
-            if not (out / f"shard-{shard:05d}.safetensors").is_file():
-                for k in numbers:
-                    make_row(out, k, row, lambda line, name: None)
-                join_rows(out, shard, numbers)
-        finish(out, about["options"], facts, len(about["shards"]))
+    with locked(out):
+        before = begin(out / "dataset.json", options, inputs)
+        missing, _ = pending_rows(out, rows)
+        if not before or missing:
+            noted(out / "dataset.json", options, inputs, finished=False, rows=rows)
+        make_rows(out, rows, missing, lambda k: lines[k]["prompt"], row, lambda line, name: None, "pair", cli.progress)
+        noted(out / "dataset.json", options, inputs, finished=True, rows=rows, **facts, **summarise(out, rows))
 
 
 def main() -> None:

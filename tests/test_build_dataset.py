@@ -3,6 +3,7 @@ however often it was killed and however many jobs made it."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import build_dataset
 import generate
-from build_dataset import SHARD, select
+from build_dataset import select
+from dataset import rows
+from dataset.folder import locked
+from dataset.reader import Pairs
+from model.checkpoint import load_pipeline
+from model.errors import UserError
 from model.scorers import load_scorer
+from pictures import read_parameters
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,11 +114,12 @@ def start(*options, before: str = "") -> subprocess.Popen:
 def test_two_jobs_make_what_one_does(options, tmp_path):
     """At the same time, with a file a prompt; the last to end writes the summary, and only the options say who made
     it."""
+    before = "import dataset.rows; dataset.rows.SHARD = 1"
     for out, shards in (("one", [[]]), ("two", [["--shard", "1/2"], ["--shard", "0/2"]])):
-        jobs = [start(*options, "--out", tmp_path / out, *shard, before="build_dataset.SHARD = 1") for shard in shards]
+        jobs = [start(*options, "--out", tmp_path / out, *shard, before=before) for shard in shards]
         assert [(job.communicate()[1].count("Traceback"), job.returncode) for job in jobs] == [(0, 0)] * len(jobs)
     assert contents(tmp_path / "one") == contents(tmp_path / "two") and len(lines_of(tmp_path / "two")) == 4
-    assert SHARD == 64
+    assert rows.SHARD == 64
 
 
 def test_previews_draw_only_the_ends_in_full(whole, options, program, tmp_path):
@@ -129,7 +137,10 @@ def test_reselect_draws_nothing(whole, options, program, tmp_path):
     """From a kept pool: the first three pictures, the second best against the worst."""
     out = tmp_path / "again"
     again = ["--reselect", whole, "--pool-size", 3, "--winner-rank", 2, "--out", out]
-    assert program(build_dataset, "--model", options[1], *again) == 0
+    assert program(build_dataset, *again) == 0
+    about, kept = (json.loads((folder / "dataset.json").read_text()) for folder in (out, whole))
+    assert all(about[key] == kept[key] for key in ("model", "context_width", "scaling_factor", "latent"))
+    assert about["unet_rows"] == 0 and kept["unet_rows"] == 4 * 4 * 4 * 2 and about["drawn_with"]["steps"] == 4
     pool = load_file(whole / "shard-00000.safetensors")["pool"]
     shard = load_file(out / "shard-00000.safetensors")
     for k, (line, full) in enumerate(zip(lines_of(out), lines_of(whole))):
@@ -140,7 +151,7 @@ def test_reselect_draws_nothing(whole, options, program, tmp_path):
 
 
 def test_a_second_process_is_refused(whole, options):
-    with build_dataset.locked(whole, 0, 1):
+    with locked(whole):
         job = start(*options, "--keep", "pool", "--out", whole)
         stderr = job.communicate()[1]
     assert job.returncode == 2 and "another process is at work in it" in stderr and "Traceback" not in stderr
@@ -156,10 +167,17 @@ def test_changed_options_are_refused_by_name(change, words, whole, options, prog
 
 
 @pytest.mark.parametrize("change, words", [
-    (["--pool-size", 1], "needs at least 2"), (["--winner-rank", 4], "must rise within 1 to 4"),
-    (["--shard", "2/2"], "I from 0 to N - 1"), (["--shard", "a"], "expected I/N"),
+    (["--pool-size", 1], "--pool-size 1: must be a whole number of 2"),
+    (["--winner-rank", 4], "must rise within 1 to 4"),
+    (["--shard", "2/2"], "I from 0 to N - 1"), (["--shard", ""], "must be I/N"),
+    (["--limit", 0], "--limit 0: must be"), (["--min-gap", -1], "--min-gap -1: must be"),
+    (["--seed", "x"], "--seed x"), (["--guidance", "inf"], "--guidance inf"), (["--device", "meta"], "must be auto"),
+    (["--preview-steps", 2, "--sampler", "ddpm"], "previews tell next to nothing"),
+    (["--preview-steps", 0], "--preview-steps 0"), (["--human-only"], "goes with --from-pairs"),
+    (["--from-images", "a"], "--from-images and --prompts: give one"),
     (["--preview-steps", 4], "fewer steps"), (["--prompts", "nothing.txt"], "no such prompt file"),
-    (["--scorer", "nobody/nothing.safetensors"], "no such file or folder"), (["--reselect", "nothing"], "not there")])
+    (["--scorer", "nobody/nothing.safetensors"], "no such file or folder"),
+    (["--reselect", "nothing"], "--reselect and --prompts: give one")])
 def test_bad_input_is_one_line(change, words, options, program, tmp_path, capsys):
     assert program(build_dataset, *options, "--out", tmp_path / "out", *change) == 2
     error = capsys.readouterr().err
@@ -177,3 +195,229 @@ def test_ctrl_c_saves(options, whole, tmp_path):
     assert "Traceback" not in process.communicate()[1] and process.returncode in (0, 130)
     subprocess.run(command, cwd=ROOT, check=True)
     assert contents(out) == contents(whole)
+
+
+# What is no pair
+
+def run_alone(options, program, out: Path, *more) -> int:
+    return program(build_dataset, *options, "--out", out, *more)
+
+
+def test_what_has_no_gap_is_no_pair(whole, options, program, tmp_path, capsys):
+    """It is counted, named and left out; the pairs around it stay themselves, here and in training."""
+    gaps = [line["scores"][line["winner"]] - line["scores"][line["loser"]] for line in lines_of(whole)]
+    least = sorted(gaps)[1]
+    out = tmp_path / "again"
+    assert program(build_dataset, "--reselect", whole, "--pool-size", 4, "--min-gap", least, "--out", out) == 0
+    about = json.loads((out / "dataset.json").read_text())
+    assert about["counts"]["rows"] == 2 and about["counts"]["left_out"] == 2 and about["counts"]["failed"] == 0
+    kept = [line for line, gap in zip(lines_of(whole), gaps) if gap > least]
+    assert [line["id"] for line in lines_of(out)] == [line["id"] for line in kept]
+    assert f"not above --min-gap {least:g}" in about["left_out"][0]["reason"]
+    data = Pairs(out, load_pipeline(options[1]), need_losers=True)
+    of_whole = Pairs(whole, load_pipeline(options[1]), need_losers=True)
+    for i, line in enumerate(kept):
+        for mine, theirs in zip(data.batch([i], "cpu", torch.float32),
+                                of_whole.batch([int(line["id"])], "cpu", torch.float32)):
+            assert torch.equal(mine, theirs)
+    none = ["--reselect", whole, "--pool-size", 4, "--min-gap", 1e9, "--out", tmp_path / "none"]
+    assert program(build_dataset, *none) == 2
+    assert "no pair came of 4 rows; " in capsys.readouterr().err
+
+
+def test_previews_have_no_order_to_select_from(options, program, tmp_path, capsys):
+    """Between the ends of a pool of previews nothing is known; ranks among the few that are drawn in full would be
+    others. Their pictures say how many steps they had."""
+    out = tmp_path / "kept"
+    assert run_alone(options, program, out, "--keep", "pool", "--preview-steps", 2, "--preview-keep", 1) == 0
+    line = lines_of(out)[0]
+    for i, score in enumerate(line["scores"]):
+        about = read_parameters(Image.open(out / "images" / f"000000_{i:02d}.png").info["parameters"])
+        assert about["Steps"] == ("2" if score is None else "4")
+    assert json.loads((out / "dataset.json").read_text())["unet_rows"] == 4 * (4 * 2 + 2 * 4) * 2
+    capsys.readouterr()
+    assert program(build_dataset, "--reselect", out, "--pool-size", 4, "--out", tmp_path / "again") == 2
+    assert "only 2 of 4 pictures a prompt have a score" in capsys.readouterr().err
+
+
+def test_a_bad_row_is_noted_and_tried_again(whole, options, program, tmp_path, monkeypatch, capsys):
+    """A NaN stops one row, not the run; the next run tries it again, with another dtype if need be."""
+    out, pair = tmp_path / "out", build_dataset.pair_from_pool
+
+    def nan_at_two(args, pipeline, scorer, prompts, k):
+        line, tensors, pictures = pair(args, pipeline, scorer, prompts, k)
+        return line, tensors | ({"latents_w": tensors["latents_w"] / 0} if k == 2 else {}), pictures
+    monkeypatch.setattr(build_dataset, "pair_from_pool", nan_at_two)
+    for _ in range(2):
+        assert run_alone(options, program, out, "--keep", "pool") == 2
+        assert "prompt 000002, 'a boy': NaN or infinite" in capsys.readouterr().err
+    about = json.loads((out / "dataset.json").read_text())
+    assert about["finished"] and about["counts"]["failed"] == 1 and len(lines_of(out)) == 3
+    assert [(one["id"], one["prompt"], one["failed"]) for one in about["left_out"]] == [("000002", "a boy", True)]
+    monkeypatch.setattr(build_dataset, "pair_from_pool", pair)
+    mended = tmp_path / "mended"
+    shutil.copytree(out, mended)
+    assert run_alone(options, program, mended, "--keep", "pool", "--dtype", "bfloat16") == 0
+    assert [line.get("dtype") for line in lines_of(mended)] == [None, None, "bfloat16", None]
+    assert run_alone(options, program, out, "--keep", "pool") == 0
+    assert contents(out) == contents(whole)
+    assert run_alone(options, program, out, "--keep", "pool", "--dtype", "bfloat16") == 0     # nothing is left to draw
+    assert contents(out) == contents(whole)
+
+    monkeypatch.setattr(rows, "IN_A_ROW", 2)
+    monkeypatch.setattr(build_dataset, "score_pool", lambda *_: (_ for _ in ()).throw(UserError("no scorer")))
+    capsys.readouterr()
+    assert run_alone(options, program, tmp_path / "none") == 2
+    assert "2 rows failed one after another, the last: prompt 000001" in capsys.readouterr().err
+
+
+def test_one_damaged_picture_among_others(options, program, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (40, 32), (80 * i, 10, 10)).save(folder / f"{i}.png")
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    (folder / "metadata.jsonl").write_text("".join(f'{{"file_name": "{i}.png", "text": "{i}"}}\n' for i in range(3)))
+    assert program(build_dataset, "--model", options[1], "--from-images", folder, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "prompt 000001, '1': " in error and "1 rows failed" in error
+    assert [line["prompt"] for line in lines_of(tmp_path / "out")] == ["0", "2"]
+
+
+# What a dataset depends on
+
+def test_a_dataset_grows(whole, options, program, tmp_path, capsys):
+    """From two prompts to four, by --limit or by lines at the end of the file; rows that are there stay."""
+    grown, prompts = tmp_path / "grown", tmp_path / "prompts.txt"
+    prompts.write_text("a man\na woman, (smiling:1.2)\n")
+    now = [*options, "--keep", "pool"]
+    now[5] = prompts
+    assert run_alone(now, program, grown) == 0
+    made = (grown / "images" / "000000_w.png").stat().st_mtime_ns
+    prompts.write_text(options[5].read_text())
+    assert run_alone(now, program, grown, "--limit", 3) == 0 and len(lines_of(grown)) == 3
+    assert run_alone(now, program, grown) == 0
+    assert (grown / "images" / "000000_w.png").stat().st_mtime_ns == made
+    mine, fresh = contents(grown), contents(whole)
+    assert mine.keys() == fresh.keys() and {name for name in fresh if mine[name] != fresh[name]} == {"dataset.json"}
+    changed = {key for key in json.loads(fresh["dataset.json"]) if
+               json.loads(fresh["dataset.json"])[key] != json.loads(mine["dataset.json"])[key]}
+    assert changed == {"options"}                                                # the file's name
+    capsys.readouterr()
+    assert run_alone(now, program, grown, "--limit", 3) == 2
+    assert "4 rows are begun, and now there are 3" in capsys.readouterr().err
+    prompts.write_text("a man\na dog\na boy\na girl\n")
+    assert run_alone(now, program, grown) == 2
+    assert "the first 4 rows of --prompts are not those" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, option", [
+    ("model/unet/diffusion_pytorch_model.safetensors", "model"), ("vae/config.json", "model"),
+    ("model/tokenizer/tokenizer_config.json", "model"), ("scorer/model.safetensors", "scorer")])
+def test_an_input_that_changed_under_its_name_is_refused(
+    name, option, options, tiny, tiny_scorer, program, tmp_path, capsys,
+):
+    """Another picture would be drawn, or another score given, by what has the same name."""
+    shutil.copytree(tiny, tmp_path / "model")
+    shutil.copytree(tiny / "vae", tmp_path / "vae")
+    shutil.copytree(tiny_scorer, tmp_path / "scorer")
+    now = ["--model", tmp_path / "model", "--scorer", tmp_path / "scorer", "--vae", tmp_path / "vae", *options[4:],
+           "--limit", 1, "--steps", 1]
+    assert run_alone(now, program, tmp_path / "out") == 0
+    before, path = contents(tmp_path / "out"), tmp_path / name
+    if path.suffix == ".safetensors":
+        tensors = load_file(path)
+        save_file({key: tensor.neg() if i == 0 else tensor for i, (key, tensor) in enumerate(tensors.items())}, path)
+    else:
+        path.write_text(path.read_text().rstrip("\n") + "\n\n")
+    capsys.readouterr()
+    assert run_alone(now, program, tmp_path / "out") == 2
+    assert f"--{option} has other contents" in capsys.readouterr().err and contents(tmp_path / "out") == before
+
+
+def test_prompts_of_other_lengths(options, program, tmp_path):
+    """A prompt of two chunks beside one of one: contexts in a shard are equally long, and the short one's says the same
+    twice over."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text("a man\n" + "a woman in a garden, " * 20 + "\n")
+    now = [*options[:4], "--prompts", prompts, *options[6:], "--prompt-weights", "a1111", "--steps", 1]
+    assert run_alone(now, program, out) == 0
+    context = load_file(out / "shard-00000.safetensors")["context"]
+    assert context.shape == (2, 154, 32) and torch.equal(context[0, :77], context[0, 77:])
+    assert not torch.equal(context[1, :77], context[1, 77:])
+
+
+def test_jobs_split_rows_and_agree_on_how(options, tmp_path, program, capsys):
+    """Two jobs have half of the rows each, not half of the shards; a third that was told otherwise is refused."""
+    out = tmp_path / "out"
+    assert run_alone(options, program, out, "--shard", "1/2") == 0
+    assert sorted(path.name for path in (out / "partial").glob("*")) == ["000001.safetensors", "000003.safetensors"]
+    with locked(out, 1, 2, "2 jobs for 4 rows"):
+        assert run_alone(options, program, out, "--shard", "0/3") == 2
+        assert "2 jobs for 4 rows are at work in it, and this is one of 3 jobs" in capsys.readouterr().err
+        assert run_alone(options, program, out, "--shard", "0/2", "--limit", 3) == 2
+        assert run_alone(options, program, out, "--shard", "0/2") == 0
+    assert json.loads((out / "dataset.json").read_text())["finished"]
+
+
+def test_pictures_lie_in_folders_of_a_thousand(options, program, tmp_path):
+    names = {n: rows.picture_path(Path("d"), f"{n:06d}", "w").as_posix() for n in (0, 999, 1000, 123_456, 1_234_567)}
+    assert names == {0: "d/images/000000_w.png", 999: "d/images/000999_w.png", 1000: "d/images/001/001000_w.png",
+                     123_456: "d/images/123/123456_w.png", 1_234_567: "d/images/1234/1234567_w.png"}
+    assert run_alone(options, program, tmp_path / "some", "--images", "pool", "--steps", 1, "--limit", 1) == 0
+    assert len(list((tmp_path / "some" / "images").iterdir())) == 2 + 4
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_killed_at_every_write_it_ends_the_same(tmp_path, monkeypatch):
+    """Rows are made and joined, one fails and is tried again, more are added: whatever write, move or removal a kill
+    comes before, the next run ends with the files of one that was left alone."""
+    monkeypatch.setattr(rows, "SHARD", 2)
+    left = [0]
+
+    def counted(function):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return function(*args, **kwargs)
+        return call
+    for name in ("write_tensors", "write_text", "write_png"):
+        monkeypatch.setattr(rows, name, counted(getattr(rows, name)))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+
+    def work(out: Path, count: int, broken: bool) -> None:
+        def make(k: int):
+            if k == 1 and broken:
+                raise UserError("broken")
+            tensor = torch.full((4, 2, 2), float(k))
+            line = {"seeds": [0, 1], "scores": [1.0, 0.0], "winner": 0, "loser": 1}
+            picture = Image.new("RGB", (8, 8), (k, 0, 0))
+            return line, {"latents_w": tensor, "context": torch.full((77, 3), float(k))}, {"w": picture, "l": picture}
+        with locked(out):
+            missing, failed = rows.pending_rows(out, count)
+            rows.make_rows(
+                out, count, sorted(missing + failed), str, make, lambda *_: None, "pair", lambda items, *_: items)
+            (out / "said").write_text(json.dumps(rows.summarise(out, count)))
+
+    def whole_life(out: Path, kill_at: int) -> int:
+        left[0] = kill_at
+        for count, broken in ((3, True), (3, False), (5, False)):
+            while True:
+                try:
+                    work(out, count, broken)
+                    break
+                except Killed:
+                    left[0] = 0
+        return left[0]
+
+    whole_life(tmp_path / "whole", 0)
+    expected = contents(tmp_path / "whole")
+    kill_at = 1
+    while whole_life(tmp_path / str(kill_at), kill_at) <= 0:
+        assert contents(tmp_path / str(kill_at)) == expected, kill_at
+        kill_at += 1
+    assert kill_at > 60

@@ -27,12 +27,15 @@ from transformers import CLIPTextConfig
 import cli
 import generate
 from model import ldm
-from model.checkpoint import load_pipeline, load_vae, mend_text_names, read_single_file, save_pipeline
-from model.clip import CLIPTextEncoder
-from model.configs import check_scheduler, text_arguments, unet_arguments, vae_arguments
+from model.checkpoint import SkipInit, load_pipeline, load_vae, mend_text_names, read_single_file, save_pipeline
+from model.clip import CLIP, CLIPTextEncoder
+from model.configs import check_scheduler, clip_arguments, text_arguments, unet_arguments, vae_arguments
 from model.errors import UserError
+from model.tokenizer import Tokenizer
 from model.unet import UNet
 from model.vae import VAE
+from sampling.dpm_solver import dpm_solver_schedule
+from sampling.schedule import make_alphas_cumprod, timesteps
 
 UNET, VAE_FILE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
@@ -237,12 +240,14 @@ NOT_SD15 = [
     (unet_arguments, "block_out_channels", 32), (unet_arguments, "layers_per_block", [1, 2, 2]),
     (unet_arguments, "layers_per_block", 0), (unet_arguments, "norm_num_groups", 5),
     (unet_arguments, "norm_num_groups", None), (unet_arguments, "attention_head_dim", 5),
-    (unet_arguments, "sample_size", "64"),
+    (unet_arguments, "sample_size", "64"), (unet_arguments, "sample_size", -64),
+    (unet_arguments, "sample_size", [64]), (unet_arguments, "layers_per_block", 10**9),
     (vae_arguments, "latent_channels", 16), (vae_arguments, "use_quant_conv", False),
     (vae_arguments, "shift_factor", 0.1159), (vae_arguments, "latents_mean", [0.0] * 4),
     (vae_arguments, "mid_block_add_attention", False), (vae_arguments, "block_out_channels", []),
     (vae_arguments, "down_block_types", ["DownEncoderBlock2D"]), (vae_arguments, "up_block_types", None),
-    (vae_arguments, "scaling_factor", "0.18"), (vae_arguments, "scaling_factor", 0),
+    (vae_arguments, "scaling_factor", "0.18"), (vae_arguments, "scaling_factor", float("inf")),
+    (vae_arguments, "scaling_factor", 0),
     (vae_arguments, "norm_num_groups", 7), (vae_arguments, "layers_per_block", None),
     (text_arguments, "hidden_act", "relu"), (text_arguments, "hidden_act", ["gelu"]),
     (text_arguments, "layer_norm_eps", 1e-6), (text_arguments, "num_attention_heads", 5),
@@ -252,7 +257,8 @@ NOT_SD15 = [
     (check_scheduler, "beta_schedule", "squaredcos_cap_v2"), (check_scheduler, "timestep_spacing", "log"),
     (check_scheduler, "trained_betas", [0.1] * 10), (check_scheduler, "trained_betas", [0.1] * 999 + ["x"]),
     (check_scheduler, "trained_betas", []), (check_scheduler, "beta_end", "0.012"), (check_scheduler, "beta_start", -1),
-    (check_scheduler, "steps_offset", "1"), (check_scheduler, "algorithm_type", "sde-dpmsolver++")]
+    (check_scheduler, "steps_offset", "1"), (check_scheduler, "steps_offset", 2),
+    (check_scheduler, "algorithm_type", "sde-dpmsolver++")]
 
 
 @pytest.mark.parametrize("check, key, value", NOT_SD15, ids=[f"{key}={str(v):.20}" for _, key, v in NOT_SD15])
@@ -261,6 +267,62 @@ def test_a_config_that_asks_for_something_else_is_refused_by_the_key(check, key,
     check(plain.configs[part], "")
     message = refusal(check, plain.configs[part] | {key: value}, "folder/config.json")
     assert message.startswith("folder/config.json: ") and key in message
+
+
+def taken_or_refused(call, *args) -> None:
+    """Nothing is raised but one line, and a short one."""
+    try:
+        call(*args)
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 500, error
+
+
+def clip_tower(part: str, other: dict):
+    return lambda config, where: clip_arguments({**other, part: config}, where)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "scheduler", "clip", "text_config", "vision_config"])
+def test_whatever_a_config_says_it_is_refused_in_one_line_or_a_network_can_be_made_of_it(part, plain, tiny_scorer):
+    clip = json.loads((tiny_scorer / "config.json").read_text())
+    check, network = {
+        "unet": (unet_arguments, UNet), "vae": (vae_arguments, VAE), "text_encoder": (text_arguments, CLIPTextEncoder),
+        "scheduler": (check_scheduler, None), "clip": (clip_arguments, CLIP),
+    }.get(part) or (clip_tower(part, clip), CLIP)
+    config = plain.configs.get(part) or clip.get(part, clip)
+    usual = check(config, "")
+
+    def make(config):
+        arguments = check(config, "config.json")
+        if network is None:
+            alphas_cumprod = make_alphas_cumprod(config)
+            assert alphas_cumprod.isfinite().all()
+            for n in (1, 50, 1000):
+                assert timesteps(n, config) and dpm_solver_schedule(n, alphas_cumprod, config)
+        elif arguments != usual:
+            with torch.device("meta"), SkipInit():
+                network(**arguments)
+
+    for key in [*config, "a_key_of_tomorrow"]:
+        for value in [None, True, -1, 0, 1.5, float("inf"), "x", [], {}, [None], [[1]], 10**30]:
+            taken_or_refused(make, config | {key: value})
+
+
+@pytest.mark.parametrize("content", [
+    lambda text: text[:len(text) // 2], lambda text: b"\xef\xbb\xbf" + text, lambda text: text + b"\xe9",
+    lambda text: b"[" * 100_000, lambda text: text.decode().encode("utf-16")],
+    ids=["cut", "byte order mark", "latin-1", "deep", "UTF-16"])
+def test_whatever_a_text_file_holds_it_is_refused_in_one_line_or_loads(content, folder, tokenizer_folder, tmp_path):
+    for path in sorted(folder.rglob("*.json")):
+        text = path.read_bytes()
+        rewrite(path, content(text))
+        taken_or_refused(load_pipeline, folder)
+        rewrite(path, text)
+    shutil.copytree(tokenizer_folder, tmp_path / "words")                            # of the older, two-file form
+    for path in sorted((tmp_path / "words").iterdir()):
+        text = path.read_bytes()
+        rewrite(path, content(text))
+        taken_or_refused(Tokenizer.from_folder, tmp_path / "words")
+        rewrite(path, text)
 
 
 def test_parts_of_different_models_are_refused(folder):
@@ -583,11 +645,13 @@ def assert_marked(tensors: dict[str, Tensor], first: int = 0) -> None:
 
 
 def test_a_full_size_single_file_becomes_a_folder(tmp_path):
-    """SD1.5 in one file of 2 GB, with what else such files hold: an EMA copy, the schedule, a damaged position_ids."""
+    """SD1.5 in one file of 2 GB, with what else such files hold: an EMA copy, the schedule, a damaged position_ids, and
+    the projection that ComfyUI saved in early 2024."""
     path, out = tmp_path / "model v1.5.safetensors", tmp_path / "folder"
     extras = {"model_ema.diffusion_modelinput_blocks00weight": (4,), "model_ema.decay": (), "betas": (1000,),
               "alphas_cumprod": (1000,), "cond_stage_model.logit_scale": (), f"{ldm.VAE}loss.logvar": (),
-              f"{ldm.TEXT}text_model.embeddings.position_ids": (1, 77)}
+              f"{ldm.TEXT}text_model.embeddings.position_ids": (1, 77),
+              f"{ldm.TEXT}text_projection.weight": (768, 768)}
     write_sparse(path, ldm_shapes("unet", "vae", "text_encoder") | extras)
     try:
         pipeline = load_pipeline(path, dtype=torch.float16)
@@ -666,6 +730,8 @@ FILES = {
     "diffusers LoRA": ({f"unet.{X}.to_q.lora.down.weight": (8, 1)}, "a LoRA; pass it with --lora"),
     "attention-processor LoRA": ({f"unet.{X}.processor.to_q_lora.up.weight": (1, 8)}, "a LoRA; pass it with --lora"),
     "LoHa": ({"lycoris_x.hada_w1_a": (1,)}, "a LoRA; pass it with --lora"),
+    "norms by LyCORIS": ({"lycoris_conv_norm_out.w_norm": (1,)}, "a LoRA; pass it with --lora"),
+    "ComfyUI LoRA": ({"diffusion_model.out.2.lora_up.weight": (4, 1, 1, 1)}, "a LoRA; pass it with --lora"),
     "embedding": ({"emb_params": (2, 768)}, "a textual-inversion embedding"),
     "SD3": ({f"{ldm.UNET}joint_blocks.0.x_block.attn.qkv.weight": (1,)}, "an SD3 or Flux checkpoint; only"),
     "Flux": ({"double_blocks.0.img_attn.qkv.weight": (1,)}, "an SD3 or Flux checkpoint; only"),

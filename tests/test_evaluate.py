@@ -2,7 +2,6 @@
 
 import base64
 import colorsys
-import hashlib
 import io
 import json
 import math
@@ -12,26 +11,29 @@ import subprocess
 import sys
 import warnings
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-import build_dataset
 import cli
 import evaluate
 import generate
 import report
 import sides
+from dataset.folder import locked
 from judgement import colour_shift, colours, spread, wilson, win_rate
 from model.checkpoint import load_pipeline
 from model.lora import inject_lora, lora_layers, save_lora
 from model.scorers import load_scorer
-from sampling import encode_prompts
+from sampling import encode_prompts, seeded
 
 PROMPTS = [
     "a photo of a cat", 'two birds </script><img src=x onerror="alert(1)"> & <b>', "8k, {a} woman", "a\u2028tree", "雨"]
@@ -233,12 +235,15 @@ def test_several_candidates_share_a_baseline_and_more_may_come(run, loras, red, 
     out, *_ = run("--compare", f"a={a}:0.5", *options)
     before = contents(out)
     drawn = []
-    draw_batch = sides.drawn_batch
-    monkeypatch.setattr(
-        sides, "drawn_batch", lambda args, p, side, rows: drawn.append(side.name) or draw_batch(args, p, side, rows))
+    draw_side = evaluate.draw_side
+    draw_pictures = sides.draw_pictures
+    monkeypatch.setattr(evaluate, "draw_side", lambda args, side, *more: drawn.append(side.name) or draw_side(
+        args, side, *more))
+    monkeypatch.setattr(sides, "draw_pictures", lambda *args: drawn.append("drawn") or draw_pictures(*args))
     out, stdout, _ = run("--compare", f"a={a}:0.5,both={a}:0.5+{b},lan={a}:0.5+lan", *options)
     found = read(out / "report.json")
-    assert drawn == ["both", "lan"] and list(found["candidates"]) == ["a", "both", "lan"] and "win_rate" not in found
+    assert drawn == ["baseline", "a", "both", "drawn", "lan", "drawn"]
+    assert list(found["candidates"]) == ["a", "both", "lan"] and "win_rate" not in found
     assert found["sides"]["lan"].endswith("a.safetensors:0.5 + LAN") and len(stdout.splitlines()) >= 5
     after = contents(out)
     assert all(after[name] == before[name] for name in before if name.startswith("images/"))
@@ -254,6 +259,66 @@ def test_several_candidates_share_a_baseline_and_more_may_come(run, loras, red, 
     assert "with other contents; choose another --out" in stderr
     *_, stderr = run("--compare", f"a={a}:0.6", *options, code=2)
     assert "a.safetensors:0.5, and now it is" in stderr and stderr.count("\n") == 1
+
+
+def test_what_changed_under_its_name_is_refused(run, tiny, clip, prompts, tmp_path):
+    """A model that was trained on, and a scorer that was edited: pictures and scores that are there are of the old."""
+    model, own, kept = tmp_path / "model", tmp_path / "own.py", tmp_path / "scorer"
+    shutil.copytree(tiny, model)
+    shutil.copytree(clip, kept)
+    (tmp_path / "neighbour.py").write_text("VALUE = 1.0\n")
+    own.write_text("import neighbour\ndef score(images, prompts):\n    return [neighbour.VALUE] * len(images)\n")
+    options = ["--candidate", model, "--prompts", prompts, "--limit", 1, "--scorers", f"{own}:score,{kept}", *FEW]
+    out, *_ = run(*options)
+    before = contents(out)
+    for path, words in (
+            (model / "unet" / "diffusion_pytorch_model.safetensors", "its candidate is"),
+            (own, "own.py:score has changed"), (tmp_path / "neighbour.py", "own.py:score has changed"),
+            (kept / "model.safetensors", f"{kept} has changed")):
+        content = path.read_bytes()
+        if path.suffix == ".py":
+            path.write_bytes(content + b"\n")
+        else:
+            save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+        *_, stderr = run(*options, code=2)
+        assert words in stderr and "choose another --out" in stderr and contents(out) == before
+        path.write_bytes(content)
+    run(*options)
+    assert contents(out) == before
+
+
+def test_folders_that_were_not_drawn_alike_are_told(run, red, prompts):
+    """What a sampler and a guidance do is not the candidate's doing: it is said, here and in the report."""
+    one, *_ = run("--prompts", prompts, "--limit", 2, *FEW, out="one", main=generate.main)
+    two, *_ = run("--prompts", prompts, "--limit", 2, *FEW, "--sampler", "ddim", "--guidance", 1, "--negative-prompt",
+                  "x, y", out="two", main=generate.main)
+    out, _, stderr = run("--candidate", two, "--baseline", one, "--scorers", red, "--seed", 0)
+    told = ["Sampler is DPM++ 2M (baseline) and DDIM (candidate)", "CFG scale is 5 (baseline) and 1 (candidate)",
+            "Negative prompt is the default (baseline) and x, y (candidate)"]
+    assert read(out / "report.json")["not_drawn_alike"] == told
+    assert [line for line in stderr.splitlines() if "alike" in line] == [
+        f"not drawn alike: {line}; this is judged, too" for line in told]
+    assert all(line in (out / "report.html").read_text() for line in told)
+    out, _, stderr = run("--candidate", one, "--scorers", red, *FEW, out="c")
+    assert "not_drawn_alike" not in read(out / "report.json") and "alike" not in stderr
+    out, _, stderr = run("--candidate", one, "--scorers", red, "--steps", 4, out="d")
+    assert "Steps is 4 (baseline) and 3 (candidate)" in stderr
+
+
+def test_fid_is_of_the_pictures_that_are_judged(run, red, prompts, monkeypatch, tmp_path):
+    """Not of the sheet, nor of older pictures, nor of those beyond --limit."""
+    drawn, *_ = run("--prompts", prompts, *FEW, out="drawn", main=generate.main)
+    shutil.copy(drawn / "00000.png", drawn / "stale.png")
+    seen = []
+
+    def calculate_metrics(input1, input2, **_):
+        seen.append(sorted(path.read_bytes() for path in Path(input1).iterdir()))
+        return {"frechet_inception_distance": 1.0}
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace(
+        calculate_metrics=calculate_metrics, __spec__=object()))
+    (tmp_path / "real").mkdir()
+    run("--candidate", drawn, "--limit", 2, "--scorers", red, "--fid", tmp_path / "real", *FEW)
+    assert seen[1] == sorted((drawn / f"0000{n}.png").read_bytes() for n in range(2)) and len(seen[0]) == 2
 
 
 class Killed(BaseException):
@@ -306,15 +371,15 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(run, loras, clip, red, 
         assert ("the others' are not" in stdout) == (shard == "1/2")
     assert contents(out) == contents(whole)
     *_, stderr = run(*options, "--shard", "2/2", code=2)
-    assert "expected I/N" in stderr
+    assert "must be I/N" in stderr
 
     for option, value in (("--steps", 4), ("--num-images", 1)):
         *_, stderr = run(*options, option, value, code=2)
         assert f"begun with {option} " in stderr and stderr.count("\n") == 1
     prompts.write_text("another\n" * 3)
     *_, stderr = run(*options, code=2)
-    assert "begun with other prompts" in stderr
-    with build_dataset.locked(out, 0, 1):
+    assert "--prompts has other contents" in stderr
+    with locked(out):
         *_, stderr = run(*options, code=2)
     assert "another process" in stderr
     (whole.parent / "full").mkdir()
@@ -451,7 +516,7 @@ def test_implicit_reward_is_the_difference_of_diffusers_errors(run, tiny, loras,
 
 def draws(prompt, x0):
     """Ten steps, one in each tenth of the schedule, and ten noises."""
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "big"))
+    generator = seeded(f"t and noise of the implicit reward for {prompt}", 0)
     t = ((torch.arange(10) + torch.rand(10, generator=generator)) * 100).long()
     return t, torch.randn(10, *x0.shape[1:], generator=generator)
 

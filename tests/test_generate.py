@@ -1,5 +1,6 @@
 """generate.py from outside: the same pictures as diffusers' pipeline, what it writes, and how it ends."""
 
+import contextlib
 import functools
 import json
 import os
@@ -17,11 +18,14 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image, ImageFont
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cli
 import generate
+from dataset.folder import locked
+from model.checkpoint import load_pipeline
 from model.errors import UserError
+from model.lora import inject_lora, save_lora
 from pictures import parameters, sheet, wrapped
 
 ROOT = Path(__file__).parent.parent
@@ -164,8 +168,8 @@ def test_a_picture_does_not_depend_on_its_neighbours(run, options, prompts):
     assert rows(out) == [
         {"file": f"{2 * k + i:05d}.png", "prompt": prompt, "seed": 7 + 2 * k + i}
         for k, prompt in enumerate(prompts) for i in range(2)]
-    names = {"images.jsonl", "sheet.png", "latents.safetensors", *(f"{n:05d}.png" for n in range(6))}
-    assert {path.name for path in out.iterdir()} == names
+    names = {"generate.json", "images.jsonl", "sheet.png", "latents.safetensors", *(f"{n:05d}.png" for n in range(6))}
+    assert {path.name for path in out.iterdir() if path.name[0] != "."} == names
     assert re.fullmatch(r"drawing 6 pictures of 32x32 with .*, 4 steps, guidance 5, on cpu in float32 to .*\n", stdout)
 
     one_by_one, *_ = run(*asked, "--num-images", 2, "--seed", 7, "--batch-size", 1, *args, out="one by one")
@@ -216,13 +220,14 @@ def test_the_settings_are_inside_the_picture(run, tiny, tmp_path):
 def test_prompt_weights(run):
     pictures = {}
     for weights, prompt in (("off", "a (cat:1.5)"), ("a1111", "a (cat:1.5)"), ("a1111", "a cat"), ("off", "a cat")):
-        out, *_ = run("--prompt", prompt, "--prompt-weights", weights, "--steps", 3, "--save-latents")
+        out, *_ = run("--prompt", prompt, "--prompt-weights", weights, "--steps", 3, "--save-latents",
+                      out=f"{weights} {prompt}")
         assert read_parameters(Image.open(out / "00000.png").info["parameters"])[2]["Prompt weights"] == weights
         pictures[weights, prompt] = latents(out)
     assert torch.equal(pictures["a1111", "a cat"], pictures["off", "a cat"])
     for other in (("off", "a (cat:1.5)"), ("off", "a cat")):
         assert relative(pictures["a1111", "a (cat:1.5)"], pictures[other]) > 1e-3
-    _, _, stderr = run("--prompt", LONG, "--steps", 1)
+    _, _, stderr = run("--prompt", LONG, "--steps", 1, out="long")
     assert stderr.startswith("warning: the last 47 of 122 tokens")
 
 
@@ -280,8 +285,8 @@ def test_prompts_from_the_command_line_and_a_file(run, tmp_path):
 BAD_FILES = {
     "empty.txt": (b"\xef\xbb\xbf\n \n", "no prompt in it"),
     "none.txt": (None, "no such prompt file"),
-    "latin1.txt": ("café".encode("latin-1"), "not a text file in UTF-8"),
-    "broken.jsonl": (b'{"prompt": "a"}\n{"prompt": ', "broken.jsonl:2: expected an object with a `prompt`"),
+    "latin1.txt": ("café".encode("latin-1"), "text in UTF-8"),
+    "broken.jsonl": (b'{"prompt": "a"}\n{"prompt": ', "broken.jsonl:2: not JSON"),
     "other.jsonl": (b'{"text": "a"}', "other.jsonl:1"),
     "number.jsonl": (b'{"prompt": 5}', "number.jsonl:1"),
     "list.jsonl": (b'["prompt"]', "list.jsonl:1"),
@@ -302,6 +307,78 @@ def test_bad_prompt_files(tmp_path, name):
             cli.read_prompts(str(tmp_path / name), "People")
 
 
+# Going on
+
+class Killed(BaseException):
+    pass
+
+
+def contents(out):
+    return {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name[0] != "."}
+
+
+def test_it_goes_on_where_it_was_killed(run, monkeypatch, tmp_path, tiny, capsys):
+    """Killed before each of its writes and started again, it ends with the same bytes; other prompts, settings or
+    weights in the same folder are refused, so that no picture stands under the wrong words."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    command = ["--prompt", "a cat", "--prompt", "a dog", "--num-images", 2, "--steps", 2, "--batch-size", 3,
+               "--save-latents"]
+    whole, *_ = run(*command, out="whole", model=model)
+    left = [0]
+
+    def counted(function):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if -100 < left[0] < 1:             # dead: nothing more is written, whatever still runs
+                raise Killed
+            return function(*args, **kwargs)
+        return call
+    for name in ("noted", "write_png", "write_tensors", "write_text"):
+        monkeypatch.setattr(generate, name, counted(getattr(generate, name)))
+    for number in range(1, 13):
+        left[0] = number
+        with contextlib.suppress(Killed):
+            run(*command, out=f"{number}", model=model)
+        assert left[0] < 1 or number == 12
+        left[0] = -100
+        out, *_ = run(*command, out=f"{number}", model=model)
+        assert contents(out) == contents(whole), number
+
+    for change, words in (
+            (["--steps", 3], "--steps 2, and now it is 3"), (["--prompt", "a bird"], "--prompt has other"),
+            (["--num-images", 1], "--num-images 2"), (["--negative-prompt", "x"], "--negative-prompt ")):
+        *_, stderr = run(*command, *change, out="whole", model=model, code=2)
+        assert words in stderr and stderr.count("\n") == 1
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
+    *_, stderr = run(*command, out="whole", model=model, code=2)
+    assert "--model has other contents" in stderr
+    with locked(whole):
+        *_, stderr = run(*command, out="whole", model=model, code=2)
+    assert "another process is at work" in stderr
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    *_, stderr = run(*command, out="mine", model=model, code=2)
+    assert "holds other files" in stderr
+
+
+@pytest.mark.parametrize("options", [
+    ["--guidance", 1e38], ["--prompt-weights", "a1111", "--prompt", f"(red:{10**30}) (blue:{10**38})"],
+    ["--lora", "LORA:1e30"]], ids=["guidance", "word", "lora"])
+def test_no_picture_comes_of_nan(run, tiny, tmp_path, options):
+    """Instead of a black picture and exit 0: a line with the prompt and the seed."""
+    pipeline = load_pipeline(tiny)
+    for parameter in inject_lora(pipeline.unet):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    save_lora(tmp_path / "lora.safetensors", pipeline.unet)
+    options = [str(option).replace("LORA", str(tmp_path / "lora.safetensors")) for option in options]
+    out, _, stderr = run("--prompt", "a cat", "--seed", 3, "--steps", 3, *options, code=2)
+    assert re.search(r"seed [34], prompt '.*': NaN or infinite values", stderr.splitlines()[-1])
+    *_, stderr = run("--prompt", "a", "--lora", f"{tmp_path / 'lora.safetensors'}:nan", out="new", code=2)
+    assert "lora.safetensors:nan: must have a weight that is a finite number" in stderr
+
+
 # How it ends
 
 BAD = {
@@ -311,7 +388,7 @@ BAD = {
     "no category": (["--prompts", "p.csv", "--category", "Cars"], "of the category Cars"),
     "steps 0": (["--steps", 0], "--steps 0"),
     "steps 1001": (["--steps", 1001], "--steps 1001"),
-    "steps many": (["--steps", "many"], "argument --steps"),
+    "steps many": (["--steps", "many"], "--steps many: must be a whole number"),
     "height 100": (["--height", 100], "--height 100: must be a multiple of 8, such as 96"),
     "width 0": (["--width", 0], "--width 0"),
     "width -8": (["--width", -8], "--width -8"),
@@ -374,5 +451,5 @@ def test_ctrl_c_keeps_what_is_finished(tiny, tmp_path):
     assert len(files) >= 2 and files == pictures[:len(files)] and len(pictures) <= len(files) + 1
     for name in files:
         Image.open(out / name).verify()
-    assert len(latents(out)) in (len(files), len(files) - 1) and (out / "sheet.png").exists()
-    assert not list(out.glob(".*"))             # no half-written file
+    assert len(list((out / "partial").iterdir())) in (len(files), len(files) + 1) and (out / "sheet.png").exists()
+    assert not list(out.rglob("*.part"))        # no half-written file

@@ -12,15 +12,21 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import (
+    convert_all_state_dict_to_peft,
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_kohya,
+)
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model import ldm
 from model.checkpoint import load_pipeline
 from model.errors import UserError
 from model.lora import (
+    UNET,
     base_state_dict,
     inject_lora,
     load_lora,
@@ -98,7 +104,8 @@ def trained(unet: nn.Module, rank: int = 4, alpha: float = 4.0, name: str = "def
 
 
 def layers(unet: nn.Module, ends: list[str]) -> dict[str, nn.Module]:
-    return {path: layer for path, layer in unet.named_modules() if path.endswith(tuple(f".{end}" for end in ends))}
+    ends = tuple(f".{end}" for end in ends)
+    return {path: layer for path, layer in unet.named_modules() if f".{path}".endswith(ends)}
 
 
 def random_pairs(unet: nn.Module, ends: list[str], rank: int = 3) -> dict[str, tuple[Tensor, Tensor]]:
@@ -314,6 +321,29 @@ def test_a_lora_that_peft_trained_draws_the_same_here(unet, base, pipe, tmp_path
         assert_same(text(ids), pipe.text_encoder.double()(ids).last_hidden_state, off_text, 1e-6)
 
 
+def test_kohya_names_by_diffusers(unet, base, pipe, tmp_path):
+    """What its advanced DreamBooth script for SD1.5 writes for other programs: the only text encoder is lora_te1_."""
+    text = copy.deepcopy(base.text_encoder)
+    ids = torch.tensor([[49406, 320, 1125, 49407, 49407]])
+    off, off_text = run(unet), text(ids).detach()
+    for part, targets in ((pipe.unet, ATTENTION), (pipe.text_encoder, ["q_proj", "out_proj"])):
+        part.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets))
+        for i, (name, parameter) in enumerate(part.named_parameters()):
+            if ".lora_B." in name:
+                parameter.data = 0.1 * randn(*parameter.shape, seed=i)
+    StableDiffusionPipeline.save_lora_weights(tmp_path, *(
+        convert_state_dict_to_diffusers(get_peft_model_state_dict(part)) for part in (pipe.unet, pipe.text_encoder)))
+    tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    tensors = convert_state_dict_to_kohya(convert_all_state_dict_to_peft(tensors))
+    assert {key.split("_")[1] for key in tensors} == {"unet", "te1"}
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    load_lora(tmp_path / "kohya.safetensors", unet, text_encoder=text)
+    assert_same(run(unet), run_diffusers(pipe), off, 1e-6)
+    with torch.no_grad():
+        assert_same(text(ids), pipe.text_encoder.double()(ids).last_hidden_state, off_text, 1e-6)
+    load_lora(tmp_path / "kohya.safetensors", copy.deepcopy(base.unet))
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_lora_of_the_unet_alone_and_one_of_pefts_own(unet, base, pipe, tmp_path, rslora):
     """`unet.save_lora_adapter` prefixes neither names nor header; peft's own folder has alpha beside the file."""
@@ -381,6 +411,7 @@ RANK_3 = {                 # name -> how a layer is written, the layers, alpha /
     "kohya, alpha zero": (lambda *x: kohya(*x, alpha=0.0), EVERYTHING, 1),
     "kohya in float16": (lambda path, A, B: kohya(path, A.half(), B.half()), EVERYTHING, 0.5),
     "kohya in bfloat16": (lambda path, A, B: kohya(path, A.bfloat16(), B.bfloat16()), EVERYTHING, 0.5),
+    "LyCORIS's own": (lambda *x: kohya(*x, prefix="lycoris_"), EVERYTHING, 0.5),
     "peft, everything": (peft, EVERYTHING, 1)}
 
 
@@ -431,7 +462,7 @@ def test_names_on_ldm_blocks(tmp_path):
     """At SD1.5's size, of which they count the blocks; a file of all 128 lands on the layers it is for."""
     with torch.device("meta"):
         unet = UNet()
-    names = stems(unet, ("lora_unet", "unet"))
+    names = stems(unet, UNET)
     for path, ldm_name in LDM.items():
         assert names[f"lora_unet_{ldm_name}"] == names["lora_unet_" + path.replace(".", "_")] == path
     starts = tuple(f"lora_unet_{s}_" for s in ("input_blocks", "middle_block", "output_blocks", "time_embed", "out"))
@@ -449,7 +480,35 @@ def test_names_on_ldm_blocks(tmp_path):
     assert len(lora_layers(unet)) == 128
 
 
+def test_a_lora_that_comfyui_saved(tmp_path):
+    """Of every matrix and convolution under LDM's names, without alpha; and the differences of norms and biases, which
+    are zero where a LoRA alone made the difference. Others are refused."""
+    torch.manual_seed(0)
+    base = UNet((32, 32, 64, 64), (True, True, True, False), 2, 4, 32, 16).double()        # of SD1.5's depth
+    unet, tensors = copy.deepcopy(base), {}
+    matrices = nn.Linear | nn.Conv2d
+    pairs = random_pairs(unet, [path for path, layer in unet.named_modules() if isinstance(layer, matrices)])
+    for name, weight in unet.state_dict().items():
+        stem = "diffusion_model." + ldm.unet_name(name).rpartition(".")[0]
+        path, _, kind = name.rpartition(".")
+        if path in pairs and kind == "weight":
+            tensors |= {f"{stem}.lora_down.weight": pairs[path][0], f"{stem}.lora_up.weight": pairs[path][1]}
+        else:
+            tensors[stem + (".diff_b" if kind == "bias" else ".diff")] = torch.zeros_like(weight)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    load_lora(tmp_path / "lora.safetensors", unet)
+    assert_weights(unet, base, pairs, 1)
+    tensors["diffusion_model.out.2.diff_b"] += 1
+    save_file(tensors, tmp_path / "lora.safetensors")
+    assert_refused(tmp_path / "lora.safetensors", copy.deepcopy(base), r"a full difference.*\(diffusion_model.out.2.")
+
+
 @pytest.mark.parametrize("style", [
+    "lora_te1_text_model_encoder_layers_{}_self_attn_q_proj.lora_down.weight",
+    "lora_te1_encoder_layers_{}_self_attn_q_proj.lora_down.weight",
+    "lycoris_text_model_encoder_layers_{}_self_attn_q_proj.lora_down.weight",
+    "lycoris_encoder_layers_{}_self_attn_q_proj.lora_down.weight",
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.{}.self_attn.q_proj.lora_down.weight",
     "lora_te_text_model_encoder_layers_{}_self_attn_q_proj.lora_down.weight",
     "lora_te_encoder_layers_{}_self_attn_q_proj.lora_down.weight",
     "text_encoder.text_model.encoder.layers.{}.self_attn.q_proj.lora_A.weight",
@@ -494,7 +553,10 @@ REFUSED = {
     "LoHa": ({f"{STEM}.hada_w1_a": torch.ones(2, 2), f"{STEM}.alpha": torch.tensor(1.0)}, "LoHa, not plain LoRA"),
     "LoKr": ({f"{STEM}.lokr_w1": torch.ones(2, 2), f"{STEM}.alpha": torch.tensor(1.0)}, "LoKr, not plain LoRA"),
     "full difference": (one_pair() | {f"{STEM}.diff": torch.ones(32, 32)}, "a full difference, not plain LoRA"),
-    "SDXL": (one_pair() | {"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(1)}, "a LoRA for SDXL"),
+    "LoHa by LyCORIS": ({f"lycoris_{STEM[10:]}.hada_w1_a": torch.ones(2, 2)}, "LoHa, not plain LoRA"),
+    "DoRA on LDM's names": (
+        one_pair() | {"diffusion_model.middle_block.1.proj_in.dora_scale": torch.ones(4, 1)}, "DoRA, not plain LoRA"),
+    "SDXL": (one_pair() | {"lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(1)}, "a LoRA for SDXL"),
     "a checkpoint": ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(1)}, "not a LoRA"),
     "another model's layers": (
         one_pair() | kohya("transformer.blocks.0.to_q", torch.ones(2, 32), torch.ones(32, 2)),
@@ -502,9 +564,13 @@ REFUSED = {
     "another model's widths": (
         kohya(TO_Q, torch.ones(2, 320), torch.ones(320, 2)),
         rf"{TO_Q} is 32 -> 32 here, and the LoRA's is 320 -> 320.*another model"),
-    "NaN": (one_pair(lora_up_weight=None) | {f"{STEM}.lora_up.weight": NAN}, f"NaN or infinite values at {TO_Q}"),
+    "NaN": (one_pair() | {f"{STEM}.lora_up.weight": NAN}, f"NaN or infinite values at {TO_Q}"),
     "alpha is infinite": (one_pair(alpha=torch.tensor(float("inf"))), f"NaN or infinite values at {TO_Q}"),
     "no up": ({k: x for k, x in one_pair().items() if "up" not in k}, f"half of the pair for {TO_Q} is missing"),
+    "alpha of several numbers": (one_pair(alpha=torch.ones(2)), f"alpha at {TO_Q} is no single number"),
+    "alpha is NaN": (one_pair(alpha=torch.tensor(float("nan"))), f"NaN or infinite values at {TO_Q}"),
+    "rank 0": (kohya(TO_Q, torch.ones(0, 32), torch.ones(32, 0)), "LoRA's is of rank 0"),
+    "no matrices": (kohya(TO_Q, torch.ones(()), torch.ones(())), "LoRA's is of rank 0"),
     "alpha alone": ({k: x for k, x in one_pair().items() if "alpha" in k}, f"half of the pair for {TO_Q} is missing"),
     "empty": ({}, "not a LoRA")}
 
@@ -537,3 +603,41 @@ def test_refused_files(unet, tmp_path):
     assert_refused(file, unet, "a web page")
     save_file(one_pair(), file, {"ss_base_model_version": "sdxl_base_v1-0"})
     assert_refused(file, unet, "a LoRA for SDXL")
+
+
+GOOD = {"unet.r": 4, "unet.lora_alpha": 2, "unet.target_modules": ["to_q"]}
+SETTINGS = {               # lora_adapter_metadata, and what is said of it, or the alpha that is read for a rank of 2
+    "as it should be": (GOOD, 2), "empty": ({}, 2), "null": ({"lora_alpha": None, "alpha_pattern": None}, 2),
+    "alpha 0": ({"lora_alpha": 0}, 2), "a pattern": (GOOD | {"unet.alpha_pattern": {"attn1.to_[qk]": 7}}, 7),
+    "no text": ("", "not JSON"), "not JSON": ("{'unet.r': 4}", "not JSON"), "cut": ('{"unet.r": ', "not JSON"),
+    "deep": ("[" * 100_000, "not JSON"), "a list": ([1], "an object in {} was expected"),
+    "alpha is text": ({"unet.lora_alpha": "2"}, "lora_alpha is '2'; float was expected"),
+    "alpha is a list": ({"lora_alpha": [2]}, r"lora_alpha is \[2\]; float was expected"),
+    "alpha is true": ({"lora_alpha": True}, "lora_alpha is True; float was expected"),
+    "alpha is NaN": ({"lora_alpha": float("nan")}, f"alpha at {TO_Q} is nan; a finite number was expected"),
+    "alpha is infinite": ({"lora_alpha": float("-inf")}, f"alpha at {TO_Q} is -inf; a finite number was expected"),
+    "alpha is huge": ({"lora_alpha": 10**400}, f"alpha at {TO_Q} is 1000.*; a finite number was expected"),
+    "patterns in a list": ({"alpha_pattern": ["to_q"]}, "alpha_pattern is .*; dict was expected"),
+    "no pattern": ({"alpha_pattern": {"to_(q": 4}}, r"alpha_pattern has 'to_\(q', no regular expression"),
+    "an endless pattern": ({"alpha_pattern": {"q{99999999999}": 4}}, "no regular expression"),
+    "a pattern's alpha": ({"alpha_pattern": {"to_q": "4"}}, f"alpha at {TO_Q} is '4'; a finite number was expected"),
+    "rslora": ({"use_rslora": "no"}, "use_rslora is 'no'; bool was expected")}
+
+
+@pytest.mark.parametrize("settings, wanted", SETTINGS.values(), ids=SETTINGS)
+def test_settings_that_cannot_be_read(unet, tmp_path, settings, wanted):
+    """Of peft, in the file's header or beside the file."""
+    text = settings if isinstance(settings, str) else json.dumps(settings)
+    A, B = torch.ones(2, 32), torch.ones(32, 2)
+    save_file(peft(TO_Q, A, B), tmp_path / "header.safetensors", {"lora_adapter_metadata": text})
+    save_file(peft(TO_Q, A, B, prefix="base_model.model."), tmp_path / "peft.safetensors")
+    (tmp_path / "adapter_config.json").write_text(text)
+    for name, where in (("header", "header.safetensors, lora_adapter_metadata"), ("peft", "adapter_config.json")):
+        if isinstance(wanted, str):
+            with pytest.raises(UserError, match=wanted) as caught:
+                load_lora(tmp_path / f"{name}.safetensors", unet)
+            message = str(caught.value)
+            assert message.startswith(f"{tmp_path / where}: ") and "\n" not in message and lora_layers(unet) == {}
+        else:
+            load_lora(tmp_path / f"{name}.safetensors", unet, name=name)
+            assert lora_layers(unet)[TO_Q].lora_alpha[name] == wanted

@@ -20,6 +20,7 @@ import cli
 import score
 from model.clip import CLIP
 from model.errors import UserError
+from model.files import files_read
 from model.image_reward import ImageRewardNetwork, WordPiece, load_image_reward
 from model.open_clip import from_open_clip
 from model.preprocess import MEAN, STD, clip_preprocess, letterbox, openai_preprocess
@@ -492,6 +493,72 @@ def own(tmp_path):
     return path
 
 
+def own_file(tmp_path, name, text, **neighbours):
+    for stem, content in neighbours.items():
+        (tmp_path / f"{stem}.py").write_text(content)
+    (tmp_path / name).write_text(text)
+    return tmp_path / name
+
+
+def test_ones_own_scorer_is_a_module_as_others_are(tmp_path):
+    """A dataclass, a neighbour, a function; the files that it came from are known, each time it is loaded."""
+    path = own_file(tmp_path, "mine.py", '''
+from __future__ import annotations
+from dataclasses import dataclass
+import neighbour_of_mine
+
+made = []
+
+@dataclass
+class Lengths:
+    device: str
+
+    def __post_init__(self):
+        made.append(self.device)
+
+    def __call__(self, images, prompts):
+        return [neighbour_of_mine.length(prompt) + 10 * len(made) for prompt in prompts]
+
+def lengths(images, prompts):
+    return torch.tensor([neighbour_of_mine.length(prompt) for prompt in prompts])
+
+import torch
+NUMBER = 3
+''', neighbour_of_mine="import neighbour_twice\nlength = neighbour_twice.length", neighbour_twice="length = len")
+    (tmp_path / "not_imported.py").write_text("")
+    for _ in range(2):
+        with files_read() as read:
+            by_class, by_function = load_scorer(f"{path}:Lengths", "cpu"), load_scorer(f"{path}:lengths")
+        assert {file.name for file in read} == {"mine.py", "neighbour_of_mine.py", "neighbour_twice.py"}
+    for _ in range(2):                         # its class is called once
+        assert by_class(IMAGES, ["a", "", "abc"]).tolist() == [11, 10, 13]
+    assert by_function(IMAGES, ["a", "", "abc"]).tolist() == [1, 0, 3]
+    with pytest.raises(UserError, match="mine.py: no class and no function NUMBER in it"):
+        load_scorer(f"{path}:NUMBER")
+    assert "mine" not in sys.modules
+
+
+def test_ones_own_scorer_that_cannot_be_loaded_is_one_line(tmp_path):
+    for n, (text, neighbour, words) in enumerate((
+            ("x = 1\ndef score(:\n", "", "own0.py:2: "), ("x = 1\n\nx.y\n", "", "own1.py:3: AttributeError: 'int'"),
+            ("import sys\nsys.exit('a\\nb')\n", "", "own2.py:2: SystemExit: a b"),
+            ("import nothing_of_this_name", "", "own3.py:1: ModuleNotFoundError: No module named 'nothing_of_this"),
+            ("\nimport beside4", "x = (", "beside4.py:1: "),
+            ("import beside5", "\n1 / 0", "beside5.py:2: ZeroDivisionError: division by zero"),
+            ("import json\njson.loads('')", "", "own6.py:2: JSONDecodeError"), ("x = 1\n\0", "", "own7.py"))):
+        path = own_file(tmp_path, f"own{n}.py", text, **{f"beside{n}": neighbour})
+        with pytest.raises(UserError) as error:
+            load_scorer(f"{path}:score")
+        assert str(error.value).startswith(f"{tmp_path}/{words}") and "\n" not in str(error.value)
+    path = own_file(tmp_path, "fails.py", "def score(images, prompts):\n    return 1 / 0\n"
+                    "def words(images, prompts):\n    return 'good'\ndef none(images, prompts):\n    pass\n")
+    with pytest.raises(ZeroDivisionError):     # this is for its author, with its traceback
+        load_scorer(f"{path}:score")(IMAGES, PROMPTS)
+    for name, shown in (("words", "'good'"), ("none", "None")):
+        with pytest.raises(UserError, match=f"fails.py:{name}: 3 finite scores expected, got {shown}"):
+            load_scorer(f"{path}:{name}")(IMAGES, PROMPTS)
+
+
 def test_ones_own_scorer_and_a_weighted_sum(own, clip_folder):
     images, prompts = [Image.new("RGB", (4, 4), (v, v, v)) for v in (10, 200)], ["ab", ""]
     bright = load_scorer(f"{own}:Brightness", "cpu")
@@ -505,7 +572,8 @@ def test_ones_own_scorer_and_a_weighted_sum(own, clip_folder):
     for wrong in ("half*pickscore", "2*", "pickscore+", "inf*clip+clip"):
         with pytest.raises(UserError, match=re.escape(wrong) + ".*is no term of a sum"):
             load_scorer(wrong)
-    for name, reason in ((f"{plain}:Nothing", "no Nothing in it"), ("missing.py:Scorer", "missing.py: no such file"),
+    for name, reason in ((f"{plain}:Nothing", "no class and no function Nothing in it"),
+                         ("missing.py:Scorer", "missing.py: no such file"),
                          ("hpsv3", "hpsv3: no such file or folder, and no Hub id.* one of pickscore.*hpsv2.1")):
         with pytest.raises(UserError, match=reason):
             load_scorer(name)
@@ -617,14 +685,59 @@ def test_score_program_names_what_is_bad_and_scores_the_rest(run, folder, own, m
         assert re.search(words, line)
 
 
-@pytest.mark.parametrize("content, words", [
-    ('{"file": "../secret.png", "prompt": "x"}', "images.jsonl:1: ../secret.png lies outside the folder"),
-    ('{"file": "00000.png", "prompt": "x"}\n{"file": 3}', "images.jsonl:2: expected an object with `file` and"),
-    ("", "images.jsonl: no picture in it")])
-def test_score_program_refuses_a_bad_listing(run, folder, content, words):
-    (folder / "images.jsonl").write_text(content)
-    rows, _, stderr = run(code=2)
-    assert not rows and len(lines(stderr)) == 1 and words in stderr
+def test_score_program_refuses_a_bad_listing(run, folder):
+    good = b'{"file": "00000.png", "prompt": "x"}\n'
+    for content, words in (
+            (b'{"file": "../secret.png", "prompt": "x"}', "images.jsonl: '../secret.png' lies outside the folder"),
+            (b'{"file": "/etc/x.png", "prompt": "x"}', "images.jsonl: '/etc/x.png' lies outside the folder"),
+            (good + b'{"file": 3, "prompt": "x"}', "images.jsonl, line 2: file is 3; str was expected"),
+            (good + b'{"file": "00001.png"}', "images.jsonl, line 2: no prompt in it"),
+            (good + b'["file"]', "images.jsonl, line 2: ['file'] where an object"),
+            (good + b'{"file": "00001', "images.jsonl, line 2: not JSON"),
+            (good + b"[" * 100_000, "images.jsonl, line 2: not JSON"),
+            (good + b'{"file": "00001.png", "prompt": "caf\xe9"}', "images.jsonl: not JSON or text in UTF-8"),
+            (b"", "images.jsonl: no picture in it")):
+        (folder / "images.jsonl").write_bytes(content)
+        rows, _, stderr = run(code=2)
+        assert not rows and len(stderr.splitlines()) == 1 and words in stderr
+    (folder / "images.jsonl").write_bytes(b"\xef\xbb\xbf" + good.replace(b"x", b"half \\ud83d"))
+    assert score.read_pairs(folder, None) == [("00000.png", "half ?")]
+
+
+def test_score_program_refuses_bad_options(run, tmp_path):
+    for option, value, words in (
+            ("--batch-size", "0", "must be a whole number of 1 or more"),
+            ("--device", "gpu", "must be auto, cpu, cuda"), ("--scorers", " , ", "none given"),
+            ("--out", tmp_path, "a folder; give a file, such as")):
+        _, _, stderr = run(option, value, code=2)
+        assert len(stderr.splitlines()) == 1 and option in stderr and words in stderr
+
+
+ALIVE = '''
+import weakref
+alive = weakref.WeakSet()
+
+class One:
+    def __init__(self, device):
+        assert not alive, "two at once"
+        alive.add(self)
+
+    def __call__(self, images, prompts):
+        return [len(prompt) for prompt in prompts]
+
+class Two(One):
+    def __call__(self, images, prompts):
+        return ["none"]
+'''
+
+
+def test_score_program_holds_one_scorer_and_takes_each_once(run, tmp_path):
+    (tmp_path / "alive.py").write_text("from counted import One, Two\n")
+    (tmp_path / "counted.py").write_text(ALIVE)
+    one, two = f"{tmp_path}/alive.py:One", f"{tmp_path}/alive.py:Two"
+    rows, stdout, stderr = run("--scorers", f"{two},{one}, {one},0.5*{one},{one}", code=2)
+    assert [list(row["scores"]) for row in rows] == [[one, f"0.5*{one}"]] * 6
+    assert stdout.count(f"{one}: mean 9.0000") == 1 and len(lines(stderr)) == 1 and "Two: 4 finite" in stderr
 
 
 def test_score_program_needs_no_prompts_for_aesthetic_alone(folder):

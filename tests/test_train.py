@@ -4,6 +4,9 @@ import copy
 import json
 import math
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train
+from dataset.folder import locked
 from model.checkpoint import load_pipeline
-from model.lora import inject_lora, load_lora
+from model.lora import ATTENTION_LINEARS, inject_lora, load_lora, save_lora
 from model.unet import UNet
+from sampling import same_length
 
 ROOT = Path(__file__).parent.parent
 ROWS = 12
@@ -225,6 +230,227 @@ def test_sigterm_saves_first(options, tmp_path):
     assert torch.load(out / "checkpoint" / "state.pt", weights_only=True)["step"] == log_of(out)[-1]["step"]
 
 
+def test_a_compiled_step_begins_at_ln_2(options, program, tmp_path):
+    """Policy and reference are one compiled graph: a second one would round otherwise, and beta makes a logit of it."""
+    assert program(train, *options, "--out", tmp_path / "run", "--steps", 2, "--compile", "--beta", 1e6) == 0
+    first, second = log_of(tmp_path / "run")
+    assert first["dpo"] == pytest.approx(math.log(2), abs=1e-7) and first["stat"] == 0
+    assert second["dpo"] != first["dpo"] and second["grad_norm"] > 0
+
+
+def test_no_two_uses_share_random_numbers(tmp_path):
+    """Not two purposes, not two seeds, not a step of one and a step of the other; and seeds may have 19 digits."""
+    drawn = [train.step_and_noise(range(3), (4, 8, 8), seed, *purpose)[1][i]
+             for seed in (0, 1, 10**14, 2**63 - 1) for purpose in ((), ("another",)) for i in range(3)]
+    drawn += [train.step_and_noise(range(n, n + 1), (4, 8, 8), 0)[1][0] for n in (1_000_003, 1_000_004)]
+    drawn += [torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]    # pictures'
+    values = torch.stack([noise.flatten() for noise in drawn])
+    assert len(values.flatten().unique()) > 0.999 * values.numel()
+    assert train.epoch_order(50, 1, 0) != train.epoch_order(50, 0, 1)
+
+
+def test_auto_is_the_rule_for_lambda(options, program, tmp_path):
+    """10,000 at 88x128, and as much more as the latent is smaller: 8x8 here."""
+    assert program(train, *options, "--out", tmp_path / "run", "--steps", 1, "--lambda-stat", "auto") == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["options"]["lambda_stat"] == 10_000 * 88 * 128 / 64
+    assert train.lambda_for(64, 64) == 27_500
+
+
+def test_contexts_of_other_lengths_share_a_batch(tiny):
+    """A longer prompt's context beside a short one's, which is repeated: the U-Net cannot tell."""
+    unet, g = load_pipeline(tiny).unet, torch.Generator().manual_seed(0)
+    contexts = [torch.randn(m, 32, generator=g) for m in (77, 154, 231)]
+    batch, x = same_length(contexts), torch.randn(3, 4, 8, 8, generator=g)
+    assert batch.shape == (3, 462, 32)
+    with torch.no_grad():
+        together = unet(x, torch.tensor([5, 500, 900]), batch)
+        for i, (context, t) in enumerate(zip(contexts, (5, 500, 900))):
+            torch.testing.assert_close(
+                unet(x[i:i + 1], torch.tensor([t]), context[None])[0], together[i], atol=1e-5, rtol=1e-5)
+
+
+# Inputs that change, second processes, files that are damaged
+
+def changed_shard(data: Path, folder: Path, change) -> Path:
+    changed(data, folder)
+    shard = load_file(folder / "shard-00001.safetensors")
+    change(shard)
+    save_file(shard, folder / "shard-00001.safetensors")
+    return folder
+
+
+def test_an_input_that_changed_under_its_name_is_refused(options, program, data, tiny, tmp_path, capsys):
+    model, mine, lora = tmp_path / "model", changed(data, tmp_path / "data"), tmp_path / "lora.safetensors"
+    shutil.copytree(tiny, model)
+    assert program(train, *options, "--out", tmp_path / "first", "--steps", 1) == 0
+    shutil.copy(tmp_path / "first" / "lora.safetensors", lora)
+    run = [train, *options, "--model", model, "--data", mine, "--init-lora", lora, "--out", tmp_path / "run", "--steps"]
+    assert program(*run, 1) == 0
+    shutil.move(mine, tmp_path / "moved")
+    run[run.index(mine)] = tmp_path / "moved"
+    assert program(*run, 2) == 0                             # the same under another name
+
+    def refused(option: str) -> None:
+        capsys.readouterr()
+        assert program(*run, 3) == 2
+        assert f"--{option} has other contents" in capsys.readouterr().err
+
+    old = {path: path.read_bytes() for path in (
+        tmp_path / "moved" / "shard-00000.safetensors", model / "unet" / "diffusion_pytorch_model.safetensors", lora)}
+    for (path, content), option in zip(old.items(), ("data", "model", "init-lora")):
+        tensors = load_file(path)
+        name = next(name for name in tensors if "lora_up" in name or "lora" not in name)
+        save_file({**tensors, name: tensors[name] + 1}, path)
+        refused(option)
+        path.write_bytes(content)
+    assert program(*run, 3) == 0
+
+
+def test_a_run_is_one_process_or_torchrun(options, program, tmp_path, capsys):
+    """A second process is refused; a run of two goes on in one that takes as many pairs a step."""
+    out, two = tmp_path / "run", [*options, "--steps", 2, "--batch-size", 1]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
+         *map(str, [*two, "--out", out])], cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    with locked(out):
+        assert program(train, *options, "--out", out, "--steps", 4) == 2
+        assert "another process is at work in it" in capsys.readouterr().err
+    assert program(train, *options, "--out", out, "--steps", 4) == 0         # --batch-size 2
+    assert [line["step"] for line in log_of(out)] == [1, 2, 3, 4]
+    assert program(train, *options, "--out", out, "--steps", 6, "--batch-size", 1) == 2
+    assert "--pairs-per-step 2, and now it is 1" in capsys.readouterr().err
+
+
+def test_sigterm_to_torchrun_saves_the_step_that_it_is_at(options, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
+         *map(str, [*options, "--out", out, "--steps", 10_000, "--save-every", 5000])], cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (out / "log.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    error = process.communicate(timeout=60)[1]
+    assert "train.py: stopped; what was finished is saved" in error
+    log = log_of(out)
+    assert torch.load(out / "checkpoint" / "state.pt", weights_only=True)["step"] == log[-1]["step"] == len(log)
+
+
+def test_a_run_goes_on_behind_a_cut_line_and_loses_no_sample(options, program, tmp_path, monkeypatch):
+    """A disk that was full cut the log; Ctrl-C came at a step with a sample."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    command = [*options, "--sample-every", 3, "--holdout", 2, "--save-every", 50]
+    assert program(train, *command, "--out", straight, "--steps", 5) == 0
+    average = train.average_gradients
+    calls = []
+
+    def interrupted(parameters, world):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        average(parameters, world)
+    monkeypatch.setattr(train, "average_gradients", interrupted)
+    assert program(train, *command, "--out", stopped, "--steps", 5) == 130 and len(log_of(stopped)) == 3
+    with open(stopped / "log.jsonl", "a") as log:
+        log.write('{"step": 4, "loss": 0.6')
+    assert program(train, *command, "--out", stopped, "--steps", 5) == 0
+    for name in ("watch.jsonl", "samples/000003.png", "lora.safetensors"):
+        assert (straight / name).read_bytes() == (stopped / name).read_bytes()
+    assert [line["loss"] for line in log_of(stopped)] == [line["loss"] for line in log_of(straight)]
+
+
+def test_damaged_files_are_one_line(options, program, data, tmp_path, capsys):
+    """Of a dataset and of a run: keys, types, shapes, order, cuts; never a traceback, never silence."""
+    out = tmp_path / "run"
+    assert program(train, *options, "--out", out, "--steps", 1) == 0
+
+    def damaged(folder: Path, name: str, content) -> str:
+        path = folder / name
+        before = path.read_bytes()
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content(before) if callable(content) else content)
+        capsys.readouterr()
+        where = ["--out", tmp_path / "new"] if folder != out else ["--out", out]
+        code = program(train, *options, "--data", data if folder == out else folder, *where, "--steps", 2)
+        error = capsys.readouterr().err.splitlines()
+        path.write_bytes(before)
+        assert code == 2 and not (tmp_path / "new").exists(), (name, content, code, error)
+        return error[-1]
+
+    mine, pairs = changed(data, tmp_path / "data"), b'{"id": "000006", "prompt": "a"}\n'
+    for content in (None, b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"format": 9, "finished": true}',
+                    lambda old: old.replace(b'"shards"', b'"parts"'), lambda old: old.replace(b"shard-0", b"../s-0"),
+                    lambda old: old.replace(b'"context_width": 32', b'"context_width": "32"'),
+                    lambda old: old.replace(b'"finished"', b'"files": {"shard-00000.safetensors": "0"}, "finished"'),
+                    lambda old: old.replace(b'"finished"', b'"files": [], "finished"')):
+        assert re.search("dataset.json: |shard-00000.safetensors: not as", damaged(mine, "dataset.json", content))
+    for content in (None, pairs, pairs * 7, pairs * 5 + b"{", pairs * 5 + b'{"id": 7, "prompt": "a"}', b"\xff" * 9):
+        damaged(mine, "pairs-00001.jsonl", content)
+    damaged(mine, "shard-00000.safetensors", None)
+    damaged(mine, "shard-00000.safetensors", b"<html>")
+    for i, change in enumerate((
+            lambda shard: shard.pop("context"), lambda shard: shard.pop("latents_w"),
+            lambda shard: shard.update(latents_l=shard["latents_l"][:, :, :4].contiguous()),
+            lambda shard: shard.update(latents_w=shard["latents_w"][:5].contiguous()),
+            lambda shard: shard.update(latents_w=shard["latents_w"].int()),
+            lambda shard: shard.update(context=shard["context"][..., :8].contiguous()))):
+        folder = changed_shard(data, tmp_path / f"shard{i}", change)
+        assert program(train, *options, "--data", folder, "--out", tmp_path / "new") == 2
+        assert "shard-00001.safetensors" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+    for content in (b"", b"cut", lambda old: old[:-100]):
+        assert "not this run's checkpoint" in damaged(out, "checkpoint/state.pt", content)
+    for content in (b"{}", b"[]", b'{"format": 1}', lambda old: old[:-20]):
+        assert "config.json" in damaged(out, "config.json", content)
+    assert "log.jsonl, line 1" in damaged(out, "log.jsonl", b"<html>\n")
+    other = tmp_path / "other"
+    assert program(train, *options, "--out", other, "--steps", 1, "--seed", 5) == 0
+    assert "not this run's checkpoint (of another run)" in damaged(
+        out, "checkpoint/state.pt", (other / "checkpoint" / "state.pt").read_bytes())
+    assert program(train, *options, "--out", out, "--steps", 2) == 0
+
+
+@pytest.mark.parametrize("change, words", [
+    (["--holdout", -1], "--holdout -1: must be a whole number of 0 or more"), (["--holdout", 1], "give --sample-every"),
+    (["--warmup", -1], "--warmup -1"), (["--lambda-stat", -1], "--lambda-stat -1: must be a number of at least 0"),
+    (["--lambda-stat", "nan"], "--lambda-stat nan"), (["--lr", "inf"], "--lr inf"), (["--beta", 0], "--beta 0"),
+    (["--dtype", "float16"], "small gradients vanish"), (["--device", "meta"], "must be auto, cpu, cuda"),
+    (["--seed", -1], "--seed -1"), (["--seed", 2**63], "from 0 to"), (["--steps", "1e3"], "--steps 1e3"),
+    (["--rank", 0], "--rank 0"), (["--loss", "sft", "--full", "--init-lora", "a"], "--full --init-lora"),
+    (["--init-lora", "a", "--rank", 64], "--rank 64: it is that of --init-lora's file"),
+    (["--loss", "sft", "--full", "--rank", 4], "--full trains no LoRA")], ids=str)
+def test_every_option_is_checked(change, words, options, program, tmp_path, capsys):
+    assert program(train, *options, "--out", tmp_path / "run", *change) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_lora_to_start_from_is_what_is_trained(options, program, tiny, tmp_path, capsys):
+    """Its rank and alpha are the run's; one that covers more than is trained here is refused."""
+    def written(name: str, targets: tuple[str, ...], **text) -> Path:
+        pipeline = load_pipeline(tiny)
+        inject_lora(pipeline.unet, rank=3, alpha=6.0, targets=targets)
+        save_lora(tmp_path / name, pipeline.unet)
+        save_file({**load_file(tmp_path / name), **text}, tmp_path / name)
+        return tmp_path / name
+
+    mine, out = written("mine", ATTENTION_LINEARS), tmp_path / "run"
+    assert program(train, *options, "--out", out, "--steps", 1, "--init-lora", mine) == 0
+    assert "| rank | 3 |\n| alpha | 6.0 |" in (out / "README.md").read_text()
+    assert {t.item() for name, t in lora(out).items() if name.endswith(".alpha")} == {6.0}
+    text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_"
+    more = {f"{text}down.weight": torch.ones(3, 32), f"{text}up.weight": torch.ones(32, 3)}
+    for name, targets, extra, word in (
+            ("wide", ("to_q", "ff.net.2"), {}, "ff.net.2"), ("text", ("to_q",), more, "text")):
+        start = written(name, targets, **extra)
+        assert program(train, *options, "--out", tmp_path / name[0], "--steps", 1, "--init-lora", start) == 2
+        assert word in capsys.readouterr().err
+
+
 def test_bad_input_is_one_line(options, program, data, tmp_path, capsys):
     def refused(*arguments) -> str:
         assert program(train, *options, *arguments) == 2
@@ -238,13 +464,13 @@ def test_bad_input_is_one_line(options, program, data, tmp_path, capsys):
     cut = changed(data, tmp_path / "d")
     (cut / "shard-00001.safetensors").write_bytes((data / "shard-00001.safetensors").read_bytes()[:-100])
     assert "shard-00001.safetensors: " in refused("--data", cut, "--out", out)
-    assert "--lr 0.0: must be more than 0" in refused("--lr", 0, "--out", out)
+    assert "--lr 0: must be a number of more than 0" in refused("--lr", 0, "--out", out)
     assert "--full is for --loss sft" in refused("--full", "--out", out)
-    assert "--holdout 12" in refused("--holdout", 12, "--out", out)
+    assert "--holdout 12" in refused("--holdout", 12, "--sample-every", 1, "--out", out)
     assert not out.exists()
 
     assert program(train, *options, "--out", out, "--steps", 1) == 0
     assert "--beta 2500.0, and now it is 100.0" in refused("--out", out, "--beta", 100)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
-    assert "holds other files and no run" in refused("--out", tmp_path / "other")
+    assert "holds other files, and no config.json" in refused("--out", tmp_path / "other")

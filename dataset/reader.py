@@ -1,0 +1,96 @@
+"""Reads a finished dataset, for training, selecting anew and export; refuses one that is not what its manifest says."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.checkpoint import Pipeline
+from model.errors import UserError
+from model.files import digest, digest_of, read_json, read_lines, read_tensors
+from sampling import same_length
+
+from .folder import FORMAT
+from .rows import pairs_of
+
+
+def read_manifest(folder: Path) -> dict:
+    """dataset.json of a finished dataset, of this version's format or the one before."""
+    path = folder / "dataset.json"
+    about = read_json(path, format=int, finished=bool)
+    if about["format"] not in (1, FORMAT):
+        raise UserError(f"{path}: format {about['format']}, and this program reads 1 and {FORMAT}")
+    if not about["finished"]:
+        raise UserError(f"{folder}: not finished; run build_dataset.py's command again first")
+    about = read_json(path, model=str, context_width=int, scaling_factor=float, shards=list)
+    for name in about["shards"]:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{path}: {name!r:.60} among its shards; a file beside it was expected")
+    if not isinstance(about.get("files", {}), dict):
+        raise UserError(f"{path}: files is {about['files']!r:.40}; an object of digests was expected")
+    for name, known in about.get("files", {}).items():
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{folder / name}: not there; get or make the dataset again")
+        if digest(folder / name) != known:
+            raise UserError(f"{folder / name}: not as it was when the dataset was finished; get or make it again")
+    return about
+
+
+def dataset_digest(folder: Path, about: dict) -> str:
+    """Changes with any row."""
+    files = about.get("files") or {
+        name: digest(folder / name) for shard in about["shards"] for name in (shard, pairs_of(shard))
+        if (folder / name).is_file()}
+    return digest_of(files)
+
+
+def read_shard(folder: Path, about: dict, name: str) -> tuple[dict[str, Tensor], list[dict]]:
+    """One shard's tensors, mapped, not read, and as many lines."""
+    tensors, path = read_tensors(folder / name), folder / name
+    lines = read_lines(folder / pairs_of(name), id=str, prompt=str)
+    context, latents = tensors.get("context"), [tensors.get(f"latents_{side}") for side in "wl"]
+    if context is None or latents[0] is None:
+        raise UserError(f"{path}: it has {', '.join(tensors)}; latents_w and context were expected")
+    shape = [len(lines), *about.get("latent", latents[0].shape[1:])]
+    for which, tensor in (("latents_w", latents[0]), ("latents_l", latents[1])):
+        if tensor is not None and (list(tensor.shape) != shape or not tensor.is_floating_point()):
+            raise UserError(f"{path}: {which} is {list(tensor.shape)} of {tensor.dtype}, and {shape} was expected")
+    if context.ndim != 3 or context.shape[::2] != (len(lines), about["context_width"]):
+        raise UserError(
+            f"{path}: context is {list(context.shape)}, and {[len(lines), 77, about['context_width']]} was expected")
+    return tensors, lines
+
+
+class Pairs:
+    """The rows of a dataset's shards. They are mapped, not read: a dataset may be larger than memory."""
+
+    def __init__(self, folder: Path, pipeline: Pipeline, need_losers: bool):
+        about = read_manifest(folder)
+        for key, ours in (("context_width", pipeline.context_width), ("scaling_factor", pipeline.vae.scaling_factor)):
+            if about[key] != ours:
+                raise UserError(
+                    f"{folder}: made with {about['model']}, whose {key} is {about[key]}; {pipeline.name} has {ours}")
+        self.rows, self.ids, self.prompts = [], [], []
+        for name in about["shards"]:
+            shard, lines = read_shard(folder, about, name)
+            if need_losers and "latents_l" not in shard:
+                raise UserError(f"{folder}: pictures without losers; they are for --loss sft")
+            self.rows += [(shard, i) for i in range(len(lines))]
+            self.ids += [line["id"] for line in lines]
+            self.prompts += [line["prompt"] for line in lines]
+        if not self.rows:
+            raise UserError(f"{folder}: no pair in it")
+        self.parts = ("latents_w", "latents_l") if need_losers else ("latents_w",)
+        self.digest = dataset_digest(folder, about)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        return tuple(self.rows[0][0]["latents_w"].shape[2:])
+
+    def batch(self, indices: list[int], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """-> latents (2B, 4, h, w), winners first, losers second (B without losers), and context (B, M, d)."""
+        rows = [self.rows[i] for i in indices]
+        latents = torch.cat([torch.stack([shard[part][i] for shard, i in rows]) for part in self.parts])
+        context = same_length([shard["context"][i] for shard, i in rows])
+        return latents.to(device, torch.float32), context.to(device, dtype)

@@ -1,0 +1,231 @@
+"""The rows of a dataset as they come into being: each a file of its own, joined to shards of 64.
+
+    partial/000123.safetensors   a finished row: its tensors in half precision, its line in the header
+    partial/000123.json          a row that is left out, and why
+    pairs-00001.jsonl, shard-00001.safetensors, left-out-00001.jsonl       the same for rows 64 to 127, joined
+
+A shard is joined once all of its rows are there, whichever jobs made them, and `pairs-` is written last. Where rows
+are added, or those that failed are tried again, it is taken apart first: rows that are there stay as they are.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from model.errors import UserError
+from model.files import (
+    digest,
+    is_a,
+    parse_object,
+    read_header,
+    read_json,
+    read_lines,
+    read_tensors,
+    write_tensors,
+    write_text,
+)
+from pictures import open_picture, sheet, write_png
+from sampling import same_length
+
+from .folder import clear_unfinished, in_turn
+
+SHARD = 64                                     # rows a file
+SHEET_PAIRS = 12
+NEAR_TIE = 0.01                                # of the scorer's unit: a gap that is hardly a preference
+IN_A_ROW = 10                                  # so many failures one after another are no longer single bad rows
+
+Made = tuple[dict, dict[str, torch.Tensor] | None, dict[str, Image.Image]]       # line, tensors, pictures
+
+
+def shard_numbers(shard: int, rows: int) -> range:
+    return range(shard * SHARD, min((shard + 1) * SHARD, rows))
+
+
+def shard_files(out: Path, shard: int) -> tuple[Path, Path, Path]:
+    """Of pairs, of tensors, and of what is left out."""
+    return (out / f"pairs-{shard:05d}.jsonl", out / f"shard-{shard:05d}.safetensors",
+            out / f"left-out-{shard:05d}.jsonl")
+
+
+def row_files(out: Path, number: int) -> tuple[Path, Path]:
+    """Of the row, and of the note that stands in its place."""
+    path = out / "partial" / f"{number:06d}"
+    return path.with_suffix(".safetensors"), path.with_suffix(".json")
+
+
+def picture_path(out: Path, row_id: str, name: str) -> Path:
+    """images/000123_w.png; from row 1,000 on a folder for each thousand, as images/004/004123_w.png: file systems and
+    people get slow with 200,000 pictures in one."""
+    thousand = row_id[:-3].zfill(3)
+    return out / "images" / ("" if thousand == "000" else thousand) / f"{row_id}_{name}.png"
+
+
+def pending_rows(out: Path, rows: int) -> tuple[list[int], list[int]]:
+    """-> the numbers of the rows that are not there, and of those that failed. Takes shards apart that miss a row or
+    have one that failed; the folder's jobs do this in turn."""
+    missing, failed = [], []
+    for shard in range(-(-rows // SHARD)):
+        numbers = shard_numbers(shard, rows)
+        pairs, tensors, left_out = shard_files(out, shard)
+        if pairs.is_file():
+            lines = read_lines(pairs, id=str)
+            notes = read_lines(left_out, id=str, failed=bool) if left_out.is_file() else []
+            if len(lines) + len(notes) == len(numbers) and not any(note["failed"] for note in notes):
+                continue
+            rows_of = read_tensors(tensors) if lines else {}
+            for i, line in enumerate(lines):
+                row = {name: tensor[i].clone() for name, tensor in rows_of.items()}
+                write_tensors(row_files(out, int(line["id"]))[0], row, {"line": json.dumps(line)})
+            for note in notes:
+                write_text(row_files(out, int(note["id"]))[1], json.dumps(note))
+            for path in (pairs, tensors, left_out):            # `pairs` first: without it the shard is not joined
+                path.unlink(missing_ok=True)
+        for number in numbers:
+            row, note = row_files(out, number)
+            if row.is_file():
+                continue
+            if not note.is_file():
+                missing.append(number)
+            elif read_json(note, failed=bool)["failed"]:
+                failed.append(number)
+    return missing, failed
+
+
+def make_row(
+    out: Path, number: int, prompt: str, make: Callable[[int], Made], about: Callable[[dict, str], dict | None],
+    images: str = "pair",
+) -> str | None:
+    """Makes row `number`; its file comes last, after its pictures. `make` returns no tensors for a row that is no pair,
+    and then its line says why under `left_out`. -> what went wrong, where something did: that is noted as well."""
+    path, note = row_files(out, number)
+    start = {"id": f"{number:06d}", "prompt": prompt}
+    reason = None
+    try:
+        line, tensors, pictures = make(number)
+        for name, tensor in (tensors or {}).items():
+            if not torch.isfinite(tensor.half()).all():
+                raise UserError(f"NaN or infinite values in {name}; try --dtype float32")
+    except UserError as error:
+        reason = str(error)
+        write_text(note, json.dumps({**start, "reason": reason, "failed": True}))
+        return f"prompt {start['id']}, {prompt[:60]!r}: {reason}"
+    line = {**start, **line}
+    if tensors is None:
+        write_text(note, json.dumps({**start, "reason": line["left_out"], "failed": False}))
+        return None
+    shown = {"none": "wl" if number < SHEET_PAIRS else "", "pair": "wl", "pool": pictures}[images]
+    for name, picture in pictures.items():
+        if name in shown:
+            write_png(picture_path(out, line["id"], name), picture, about(line, name))
+    write_tensors(path, {name: tensor.half() for name, tensor in tensors.items()}, {"line": json.dumps(line)})
+    note.unlink(missing_ok=True)
+    return None
+
+
+def join_rows(out: Path, shard: int, numbers: range) -> bool:
+    """Rows of one shard -> its files, if all of them are there; then the rows' own files go."""
+    pairs, joined, left_out = shard_files(out, shard)
+    if pairs.is_file():
+        return True
+    rows, lines, notes = [], [], []
+    for number in numbers:
+        row, note = row_files(out, number)
+        if row.is_file():
+            lines.append(parse_object(read_header(row)[1].get("line", ""), f"{row}: its header", {"id": str}))
+            with safe_open(row, "pt") as file:                 # read, not mapped: the file goes
+                rows.append({name: file.get_tensor(name) for name in file.keys()})
+        elif note.is_file():
+            notes.append(read_json(note, id=str))
+        else:
+            return False
+    if notes:
+        write_text(left_out, "".join(json.dumps(note) + "\n" for note in notes))
+    else:
+        left_out.unlink(missing_ok=True)
+    if rows:
+        together = {name: [row[name] for row in rows] for name in rows[0]}
+        write_tensors(joined, {name: (same_length if name == "context" else torch.stack)(tensors)
+                               for name, tensors in together.items()})
+    else:
+        joined.unlink(missing_ok=True)
+    write_text(pairs, "".join(json.dumps(line) + "\n" for line in lines))
+    for number in numbers:
+        for path in row_files(out, number):
+            path.unlink(missing_ok=True)
+    return True
+
+
+def make_rows(
+    out: Path, rows: int, pending: list[int], prompts: Callable[[int], str], make: Callable[[int], Made],
+    about: Callable[[dict, str], dict | None], images: str, progress: Callable,
+) -> list[str]:
+    """Makes the `pending` rows, and joins what shards they complete. -> what went wrong; a run of failures ends it."""
+    problems, in_a_row = [], 0
+    for number, after in progress(zip(pending, [*pending[1:], None]), len(pending), "prompts"):
+        problem = make_row(out, number, prompts(number), make, about, images)
+        in_a_row = in_a_row + 1 if problem else 0
+        problems += [problem] if problem else []
+        if in_a_row == IN_A_ROW:
+            raise UserError(f"{IN_A_ROW} rows failed one after another, the last: {problem}")
+        if after is None or after // SHARD != number // SHARD:
+            with in_turn(out):
+                join_rows(out, number // SHARD, shard_numbers(number // SHARD, rows))
+    return problems
+
+
+def summarise(out: Path, rows: int) -> dict | None:
+    """What the manifest of a finished dataset says of its rows; None while other jobs are at work. Writes the sheet,
+    and clears away what kills left behind. Jobs do this in turn."""
+    shards = range(-(-rows // SHARD))
+    if not all([join_rows(out, shard, shard_numbers(shard, rows)) for shard in shards]):
+        return None
+    shutil.rmtree(out / "partial", ignore_errors=True)
+    clear_unfinished(out)
+    lines = [line for shard in shards for line in read_lines(shard_files(out, shard)[0], id=str, prompt=str)]
+    notes = [note for shard in shards if (path := shard_files(out, shard)[2]).is_file() for note in read_lines(path)]
+    if not lines:
+        reasons = Counter(note["reason"] for note in notes).most_common(1)
+        raise UserError(f"{out}: no pair came of {rows} rows; {reasons[0][1]} times: {reasons[0][0]}")
+    failed = sum(note["failed"] for note in notes)
+    counts = {"rows": len(lines), "left_out": len(notes) - failed, "failed": failed}
+    scored = [scores_of(line, out) for line in lines if "scores" in line]
+    if scored:
+        gaps = [scores[line["winner"]] - scores[line["loser"]] for scores, line in zip(scored, lines)]
+        counts |= {"pictures": sum(map(len, scored)), "mean_gap": sum(gaps) / len(gaps),
+                   "near_ties": sum(gap < NEAR_TIE for gap in gaps)}
+    images, captions = [], []
+    for kind in ("winner", "loser"):
+        for line in lines[:SHEET_PAIRS]:
+            path = picture_path(out, line["id"], kind[0])
+            if path.is_file():
+                images.append(open_picture(path))
+                score = f" {line['scores'][line[kind]]:.2f}" if "scores" in line else ""
+                captions.append(f"{kind}{score}: {line['prompt']}")
+    if images:
+        write_png(out / "sheet.png", sheet(images, captions, min(len(lines), SHEET_PAIRS)))
+    shards = [path.name for path in (shard_files(out, shard)[1] for shard in shards) if path.is_file()]
+    files = [name for shard in shards for name in (shard, pairs_of(shard))]
+    return {"shards": shards, "files": {name: digest(out / name) for name in files}, "counts": counts,
+            "left_out": [{key: note[key] for key in ("id", "prompt", "reason", "failed")} for note in notes]}
+
+
+def pairs_of(shard: str) -> str:
+    """The name of a shard -> that of its lines."""
+    return shard.replace("shard-", "pairs-").replace(".safetensors", ".jsonl")
+
+
+def scores_of(line: dict, where: Path) -> list[float | None]:
+    """The scores of a pool's pictures, one a seed; None for those that were not drawn in full."""
+    seeds, scores = line.get("seeds"), line.get("scores")
+    ends = [line.get("winner"), line.get("loser")]
+    if not is_a(seeds, list) or not is_a(scores, list) or len(seeds) != len(scores) or not all(
+            score is None or is_a(score, float) for score in scores) or not all(
+            is_a(end, int) and 0 <= end < len(scores) and scores[end] is not None for end in ends):
+        raise UserError(f"{where}, row {line.get('id')}: seeds, as many scores, a winner and a loser were expected")
+    return scores
