@@ -171,7 +171,7 @@ def make_lean(unet: nn.Module, gradient_checkpointing: bool, compile: bool) -> N
     if compile:
         if lora_layers(unet):
             lora_by_tensor(unet)
-        unet.compile()
+        unet.compile(dynamic=False)            # every step has the same shapes
         return
     for module in unet.modules():
         for name in CHEAP.get(type(module), ()):
@@ -310,6 +310,7 @@ def model_card(args, step: int, pairs: int, settings: dict, log: list[dict]) -> 
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")      # its shapes are others than a step's: not worth a graph of their own
 def watch(
     args, out: Path, step: int, pipeline: Pipeline, data: Pairs, held_out: list[int], alphas_cumprod: Tensor
 ) -> None:
@@ -325,8 +326,7 @@ def watch(
             numbers = range(i, i + len(rows))
             t, noise = step_and_noise(numbers, x0.shape[1:], args.seed, "t and noise of a held-out pair")
             t, noise, context = t.to(device).repeat(2), noise.to(device).repeat(2, 1, 1, 1), context.repeat(2, 1, 1)
-            eps, eps_ref = predictions(pipeline.unet, add_noise(x0, noise, t, alphas_cumprod), t, context, True,
-                                       args.compile)
+            eps, eps_ref = predictions(pipeline.unet, add_noise(x0, noise, t, alphas_cumprod), t, context, True)
             for key, value in diffusion_dpo_loss(eps, eps_ref, noise, args.beta)[1].items():
                 total[key] = total.get(key, 0.0) + value.item() * len(rows)
         signs |= {f"held_out_{key}": value / len(held_out) for key, value in total.items()}

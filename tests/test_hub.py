@@ -116,10 +116,10 @@ def test_a_program_draws_with_a_model_and_a_vae_from_the_hub(repo, tmp_path):
     with Hub({"org/model": repo, "org/vae": vae}) as hub:
         env = hub.env(tmp_path / "home")
         pictures = []
-        for args in ([], ["--vae", "org/vae"]):
-            done = generate("org/model", tmp_path / "out", *args, env=env)
+        for out, args in (("own", []), ("other", ["--vae", "org/vae"])):
+            done = generate("org/model", tmp_path / out, *args, env=env)
             assert done.returncode == 0, done.stderr
-            pictures.append((tmp_path / "out/00000.png").read_bytes())
+            pictures.append((tmp_path / out / "00000.png").read_bytes())
         assert pictures[0] != pictures[1]
         assert sorted(hub.downloads("org/model")) == sorted(NEEDED)
         assert sorted(hub.downloads("org/vae")) == ["config.json", "diffusion_pytorch_model.safetensors"]
