@@ -4,7 +4,7 @@ PYTHON ?= python3
 SMALL = --data demo/data --lr 5e-4 --beta 1000 --batch-size 32 --steps 60 --dtype bfloat16
 RUNS = demo/run demo/dpo demo/weak demo/strong
 
-.PHONY: demo results test bench lint clean
+.PHONY: demo results test test-avx2 bench lint clean
 
 # The whole job in four minutes. Drawing the pool takes the longest by far: for show it is drawn for six prompts, and
 # training goes on from the pairs of 640 prompts that ship with the checkpoint (paper_people/pairs.py).
@@ -29,6 +29,11 @@ results: demo
 
 test: .venv/test
 	.venv/bin/python -m pytest -q
+
+# The numerics on the kernels of a processor without AVX-512 and AMX, with one thread.
+test-avx2: .venv/test
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q \
+	tests/test_sampling.py tests/test_networks.py tests/test_losses.py tests/test_lora.py tests/test_lan.py
 
 bench: .venv/test
 	.venv/bin/python benchmarks/sampling_step.py

@@ -24,13 +24,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import NoneType
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from dataset.folder import begin, in_turn, locked, noted
-from dataset.reader import dataset_digest, read_manifest, read_shard
+from dataset.reader import check_files, dataset_digest, read_manifest, read_shard
 from dataset.rows import Made, make_rows, pending_rows, picture_path, scores_of, summarise
 from generate import check_sampling_options, draw, settings, to_picture
 from model.checkpoint import PAPER_PEOPLE, Pipeline, load_pipeline
@@ -222,7 +223,7 @@ def from_kept(args) -> Source:
     """Selects anew from the first --pool-size pictures of a pool that is kept; no model is needed."""
     kept = Path(args.reselect)
     manifest = read_manifest(kept)
-    drawn_with = manifest.get("options", {})
+    drawn_with = manifest.get("options") or {}
     if args.model not in ("paper-people", manifest["model"]):
         raise UserError(f"--model {args.model}: the pool of {kept} was drawn with {manifest['model']}; leave it away")
     shards = [read_shard(kept, manifest, name) for name in manifest["shards"]]
@@ -290,6 +291,9 @@ def begin_dataset(out: Path, options: dict, source: Source, rows: int) -> list[i
     `options` keep the dtype that the folder was begun with."""
     manifest, option = out / "dataset.json", next((o for o in SOURCES if options.get(o) is not None), "prompts")
     before = begin(manifest, options, source.inputs, (*MAY_CHANGE, "dtype"))
+    if before:
+        read_json(manifest, finished=bool, rows=int, rows_from=(str, NoneType), files=(dict, NoneType))
+        check_files(out, before)
     had = before.get("rows", 0)
     if rows < had:
         raise UserError(f"{out}: {had} rows are begun, and now there are {rows}; go on with all of them (--limit)")
@@ -297,7 +301,8 @@ def begin_dataset(out: Path, options: dict, source: Source, rows: int) -> list[i
         raise UserError(f"{out}: the first {had} rows of --{option.replace('_', '-')} are not those that it was begun "
                         "with; rows may be added at the end, else choose another --out")
     missing, failed = pending_rows(out, rows)
-    dtype, options["dtype"] = options["dtype"], before.get("options", options)["dtype"]
+    dtype = options["dtype"]
+    options["dtype"] = before.get("options", {}).get("dtype", dtype)
     if dtype != options["dtype"] and missing:
         raise UserError(f"{out}: begun with --dtype {options['dtype']}, and now it is {dtype}; only rows that failed "
                         "may be drawn with another")

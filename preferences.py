@@ -27,8 +27,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from dataset.reader import read_manifest, read_shard_lines
+from dataset.rows import picture_path
 from model.errors import UserError
-from model.files import atomic_write, digest_of, parse_object, read_json, read_lines, read_text
+from model.files import atomic_write, digest_of, parse_object, read_lines, read_text
 from pictures import open_picture
 
 # What a prompt about people says, in any case, with or without a plural s. Words that mean other things as often (face,
@@ -289,13 +291,10 @@ def export_pickapic(dataset: Path, file: Path) -> None:
     label_0 is 0. So who overlooks the labels learns nothing, and notices.
     """
     pyarrow = load_pyarrow(file)
-    if not read_json(dataset / "dataset.json").get("finished"):
-        raise UserError(f"{dataset}: not finished; run its own command again first")
-    lists = sorted(dataset.glob("pairs-*.jsonl"))
-    lines = [json.loads(line) for path in lists for line in path.read_text().splitlines()]
+    lines = [line for name in read_manifest(dataset)["shards"] for line in read_shard_lines(dataset, name)]
 
     def row(i: int) -> dict:
-        files = [dataset / "images" / f"{lines[i]['id']}_{side}.png" for side in "wl"]
+        files = [picture_path(dataset, lines[i]["id"], side) for side in "wl"]
         for one in files:
             if not one.is_file():
                 raise UserError(f"{one}: not there; the export needs both pictures of every pair")

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from judgement import HSV, RGB
+from model.files import is_a, read_lines
 
 AREA, TOTAL_AREA = 190_000, 48_000_000           # pixels of a thumbnail (360x528), and of all: 20 MB or so
 KEPT_AREA = 128 * 128                            # up to here a picture is shown as it is, enlarged without blur
@@ -243,7 +244,7 @@ def colour_charts(histograms: dict[str, np.ndarray]) -> str:
 def training_curves(log: list[dict]) -> str:
     charts = []
     first, last = (str(log[i]["step"]) if log else "" for i in (0, -1))
-    for name in (name for name in CURVES if log and all(name in entry for entry in log)):
+    for name in (name for name in CURVES if log and all(is_a(entry.get(name), float) for entry in log)):
         values = [entry[name] for entry in log]
         means = [float(np.mean(part)) for part in np.array_split(values, min(MEANS, len(values)))]
         few = values[::math.ceil(len(values) / POINTS)]
@@ -256,8 +257,8 @@ def training_curves(log: list[dict]) -> str:
 
 
 def read_log(run: str) -> list[dict]:
-    lines = (Path(run) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    """The lines of a training run; the last may be half written, for the run may go on."""
+    return read_lines(Path(run) / "log.jsonl", cut=True, step=int, loss=float)
 
 
 def pair(

@@ -3,6 +3,7 @@ their pictures come to be, the same prompts from the same seeds on every side.
 """
 
 import argparse
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,8 @@ def parse_sides(args: argparse.Namespace) -> list[Side]:
     sides = [parse_side("baseline", args.baseline or args.model), *candidates]
     for side in sides:
         for spec in side.loras:
-            cli.lora_spec(spec)
+            if not math.isfinite(cli.split_lora(spec)[1]):
+                raise UserError(f"{side.name}: {spec}: the weight must be a finite number")
         if side.drawn and side.loras:
             raise UserError(f"{side.model}: a folder of pictures; a LoRA comes too late for them")
         if side.lan and (not side.loras or args.sampler == "ddpm"):

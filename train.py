@@ -35,7 +35,7 @@ from losses import diffusion_dpo_loss, hg_dpo_loss, lambda_for
 from losses.diffusion_dpo import squared_error
 from model.checkpoint import Pipeline, load_pipeline
 from model.errors import UserError
-from model.files import digest_all, digest_of, files_read, read_lines, write_pickle, write_tensors, write_text
+from model.files import digest_all, digest_of, files_read, is_a, read_lines, write_pickle, write_tensors, write_text
 from model.lora import (
     ATTENTION_LINEARS,
     inject_lora,
@@ -246,8 +246,11 @@ def resume(out: Path, run: str, parameters: list[nn.Parameter], optimizer, rank:
             parameter.data.copy_(saved)
     for log_file in (out / "log.jsonl", out / "watch.jsonl"):
         if rank == 0 and log_file.is_file():   # a killed run has logged steps past its checkpoint; they come again
-            lines = [json.dumps(line) for line in read_lines(log_file, cut=True, step=int) if line["step"] <= step]
-            write_text(log_file, "".join(line + "\n" for line in lines))
+            lines = [line for line in read_lines(log_file, cut=True, step=int) if line["step"] <= step]
+            for line in lines:
+                if line.keys() != lines[0].keys() or not all(is_a(value, float) for value in line.values()):
+                    raise UserError(f"{log_file}: the line of step {line['step']} is damaged; mend or remove it")
+            write_text(log_file, "".join(json.dumps(line) + "\n" for line in lines))
     return step
 
 

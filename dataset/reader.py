@@ -1,6 +1,7 @@
 """Reads a finished dataset, for training, selecting anew and export; refuses one that is not what its manifest says."""
 
 from pathlib import Path
+from types import NoneType
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from model.files import digest, digest_of, read_json, read_lines, read_tensors
 from sampling import same_length
 
 from .folder import FORMAT
-from .rows import pairs_of
+from .rows import pairs_of, row_number
 
 
 def read_manifest(folder: Path) -> dict:
@@ -22,18 +23,23 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(f"{path}: format {about['format']}, and this program reads 1 and {FORMAT}")
     if not about["finished"]:
         raise UserError(f"{folder}: not finished; run build_dataset.py's command again first")
-    about = read_json(path, model=str, context_width=int, scaling_factor=float, shards=list)
+    about = read_json(
+        path, model=str, context_width=int, scaling_factor=float, shards=list, latent=(list, NoneType),
+        options=(dict, NoneType), files=(dict, NoneType))
     for name in about["shards"]:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{path}: {name!r:.60} among its shards; a file beside it was expected")
-    if not isinstance(about.get("files", {}), dict):
-        raise UserError(f"{path}: files is {about['files']!r:.40}; an object of digests was expected")
-    for name, known in about.get("files", {}).items():
+    check_files(folder, about)
+    return about
+
+
+def check_files(folder: Path, about: dict) -> None:
+    """Refuses shards that are not as they were when the dataset was finished."""
+    for name, known in (about.get("files") or {}).items():
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder / name}: not there; get or make the dataset again")
         if digest(folder / name) != known:
             raise UserError(f"{folder / name}: not as it was when the dataset was finished; get or make it again")
-    return about
 
 
 def dataset_digest(folder: Path, about: dict) -> str:
@@ -44,14 +50,21 @@ def dataset_digest(folder: Path, about: dict) -> str:
     return digest_of(files)
 
 
+def read_shard_lines(folder: Path, name: str) -> list[dict]:
+    """The lines of one shard; an id is a number, and names pictures that lie in the folder."""
+    lines = read_lines(folder / pairs_of(name), id=str, prompt=str)
+    for line in lines:
+        row_number(line, folder / pairs_of(name))
+    return lines
+
+
 def read_shard(folder: Path, about: dict, name: str) -> tuple[dict[str, Tensor], list[dict]]:
     """One shard's tensors, mapped, not read, and as many lines."""
-    tensors, path = read_tensors(folder / name), folder / name
-    lines = read_lines(folder / pairs_of(name), id=str, prompt=str)
+    tensors, lines, path = read_tensors(folder / name), read_shard_lines(folder, name), folder / name
     context, latents = tensors.get("context"), [tensors.get(f"latents_{side}") for side in "wl"]
     if context is None or latents[0] is None:
         raise UserError(f"{path}: it has {', '.join(tensors)}; latents_w and context were expected")
-    shape = [len(lines), *about.get("latent", latents[0].shape[1:])]
+    shape = [len(lines), *(about.get("latent") or latents[0].shape[1:])]
     for which, tensor in (("latents_w", latents[0]), ("latents_l", latents[1])):
         if tensor is not None and (list(tensor.shape) != shape or not tensor.is_floating_point()):
             raise UserError(f"{path}: {which} is {list(tensor.shape)} of {tensor.dtype}, and {shape} was expected")

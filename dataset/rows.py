@@ -9,6 +9,7 @@ are added, or those that failed are tried again, it is taken apart first: rows t
 """
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -76,25 +77,38 @@ def pending_rows(out: Path, rows: int) -> tuple[list[int], list[int]]:
         if pairs.is_file():
             lines = read_lines(pairs, id=str)
             notes = read_lines(left_out, id=str, failed=bool) if left_out.is_file() else []
+            if strange := {row_number(line, pairs) for line in (*lines, *notes)} - set(numbers):
+                raise UserError(f"{pairs}: row {min(strange)} does not belong there; get or make the dataset again")
             if len(lines) + len(notes) == len(numbers) and not any(note["failed"] for note in notes):
                 continue
             rows_of = read_tensors(tensors) if lines else {}
+            if any(len(tensor) != len(lines) for tensor in rows_of.values()):
+                raise UserError(f"{tensors}: has other rows than the {len(lines)} of {pairs.name}; make it again")
             for i, line in enumerate(lines):
                 row = {name: tensor[i].clone() for name, tensor in rows_of.items()}
-                write_tensors(row_files(out, int(line["id"]))[0], row, {"line": json.dumps(line)})
+                write_tensors(row_files(out, row_number(line, pairs))[0], row, {"line": json.dumps(line)})
             for note in notes:
-                write_text(row_files(out, int(note["id"]))[1], json.dumps(note))
+                write_text(row_files(out, row_number(note, left_out))[1], json.dumps(note))
             for path in (pairs, tensors, left_out):            # `pairs` first: without it the shard is not joined
                 path.unlink(missing_ok=True)
         for number in numbers:
             row, note = row_files(out, number)
-            if row.is_file():
-                continue
-            if not note.is_file():
+            try:
+                if row.is_file() and "line" in read_header(row)[1]:
+                    continue
+                if not note.is_file() or row.is_file():
+                    missing.append(number)
+                elif read_json(note, failed=bool, prompt=str, reason=str, id=str)["failed"]:
+                    failed.append(number)
+            except UserError:                  # damaged: it is made again
                 missing.append(number)
-            elif read_json(note, failed=bool)["failed"]:
-                failed.append(number)
     return missing, failed
+
+
+def row_number(line: dict, where: Path) -> int:
+    if not re.fullmatch(r"[0-9]{1,12}", line["id"]):
+        raise UserError(f"{where}: {line['id']!r:.60} is no id; digits were expected")
+    return int(line["id"])
 
 
 def make_row(

@@ -27,6 +27,7 @@ from .configs import check_scheduler, text_arguments, unet_arguments, vae_argume
 from .errors import UserError
 from .files import read_header, read_json, read_tensors, write_tensors, write_text
 from .hub import PARTS, fetch, pipeline_files, vae_files, weight_files
+from .lora import base_state_dict, lora_layers
 from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
@@ -272,11 +273,15 @@ def read_single_file(path: Path, with_vae: bool) -> dict[str, dict[str, Tensor]]
 
 def save_pipeline(pipeline: Pipeline, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Writes diffusers' folder layout, as `load_pipeline` and `StableDiffusionPipeline.from_pretrained` read it.
-    `dtype` rounds the weights first. Every file is written whole or not at all, model_index.json last."""
+    `dtype` rounds the weights first. LoRAs must be merged. Every file is written whole or not at all, model_index.json
+    last."""
     folder = Path(folder)
     configs = pipeline.configs
+    if any(layer.lora_on for part in PARTS for layer in lora_layers(getattr(pipeline, part)).values()):
+        raise UserError(f"{folder}: a checkpoint cannot hold LoRAs that are not merged; merge_lora first")
     for part, stem in PARTS.items():
-        state = {k: weight.to(dtype or weight.dtype) for k, weight in getattr(pipeline, part).state_dict().items()}
+        weights = base_state_dict(getattr(pipeline, part))
+        state = {name: weight.to(dtype or weight.dtype) for name, weight in weights.items()}
         write_tensors(folder / part / f"{stem}.safetensors", state)
         write_text(folder / part / "config.json", json.dumps(configs[part], indent=2) + "\n")
     pipeline.tokenizer.save(folder / "tokenizer")

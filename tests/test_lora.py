@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import ldm
-from model.checkpoint import load_pipeline
+from model.checkpoint import load_pipeline, save_pipeline
 from model.errors import UserError
 from model.lora import (
     UNET,
@@ -197,6 +197,21 @@ def test_only_the_lora_trains_in_float32_over_a_base_in_bfloat16(base):
     assert [name for name, p in unet.named_parameters() if p.grad is not None and ".lora_" not in name] == []
     after = base_state_dict(unet)
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_merged_model_is_saved_as_a_model(tiny, tmp_path):
+    """A checkpoint that diffusers reads and that draws as the LoRA did; one whose LoRA would be lost is refused."""
+    pipeline = load_pipeline(tiny)
+    for parameter in inject_lora(pipeline.unet):
+        nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match="merge_lora first"):
+        save_pipeline(pipeline, tmp_path / "merged")
+    wanted = run(pipeline.unet, torch.float32)
+    merge_lora(pipeline.unet)
+    save_pipeline(pipeline, tmp_path / "merged")
+    assert_same(run(load_pipeline(tmp_path / "merged").unet, torch.float32), wanted, tolerance=1e-5)
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "merged", safety_checker=None).to(torch.float64)
+    assert_same(run_diffusers(theirs).float(), wanted, tolerance=1e-5)
 
 
 def test_merging(unet, base):
