@@ -32,7 +32,7 @@ from torch import Tensor
 
 from dataset.folder import begin, in_turn, locked, noted
 from dataset.reader import check_files, dataset_digest, read_manifest, read_shard
-from dataset.rows import Made, make_rows, pending_rows, picture_path, scores_of, summarise
+from dataset.rows import Made, make_rows, pending_rows, picture_path, row_files, scores_of, summarise
 from generate import check_sampling_options, draw, settings, to_picture
 from model.checkpoint import PAPER_PEOPLE, Pipeline, load_pipeline
 from model.errors import UserError
@@ -286,9 +286,9 @@ def from_pictures(args, pipeline: Pipeline, facts: dict, inputs: dict) -> Source
 
 # The folder
 
-def begin_dataset(out: Path, options: dict, source: Source, rows: int) -> list[int]:
-    """Begins the folder or goes on with it; -> the rows to make. Rows may be added; those that are there stay.
-    `options` keep the dtype that the folder was begun with."""
+def begin_dataset(out: Path, options: dict, source: Source, rows: int, part: int, parts: int) -> list[int]:
+    """Begins the folder or goes on with it; -> the rows that this job is to make. Rows may be added; those that are
+    there stay. `options` keep the dtype that the folder was begun with."""
     manifest, option = out / "dataset.json", next((o for o in SOURCES if options.get(o) is not None), "prompts")
     before = begin(manifest, options, source.inputs, (*MAY_CHANGE, "dtype"))
     if before:
@@ -308,7 +308,10 @@ def begin_dataset(out: Path, options: dict, source: Source, rows: int) -> list[i
                         "may be drawn with another")
     if not before or missing or failed:
         noted(manifest, options, source.inputs, finished=False, rows=rows, rows_from=digest_of(source.names[:rows]))
-    return sorted(missing + failed)
+    mine = [number for number in failed if number % parts == part]
+    for number in mine:                        # no longer failed, but missing: no other job may finish without them
+        row_files(out, number)[1].unlink()
+    return sorted([number for number in missing if number % parts == part] + mine)
 
 
 def is_finished(out: Path) -> bool:
@@ -343,7 +346,7 @@ def main() -> None:
     options = {name: value for name, value in vars(args).items() if name not in NOT_NOTED}
     with locked(out, part, parts, f"{parts} jobs for {rows} rows"):
         with in_turn(out):
-            pending = [k for k in begin_dataset(out, options, source, rows) if k % parts == part]
+            pending = begin_dataset(out, options, source, rows, part, parts)
         scored = f"{args.pool_size} pictures each, scored by {args.scorer}" if source.unet_rows else "nothing to draw"
         print(f"{rows} rows to {out}, {scored}{where}, job {part + 1} of {parts}")
         if args.dtype != options["dtype"]:                   # the line of a row that is unlike the others says so

@@ -263,7 +263,8 @@ def progress(items: Iterable, total: int, label: str) -> Iterator:
 
 def run(main: Callable[[], None]) -> None:
     """Calls main and ends as every program does: 0; 2 and one line on what a person can mend; 130 on Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is _leave:            # else it is ignored, as by nohup and by & in a script
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("stdout", "stderr"):            # closed by the shell: >&-
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))

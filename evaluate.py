@@ -34,7 +34,7 @@ from dataset.folder import begin, in_turn, locked, noted
 from judgement import HSV, colour_shift, colours, win_rate
 from judges import ImplicitReward, chunked, join_scores, load_judge, load_spread, measure
 from model.errors import UserError
-from model.files import digest_of, read_text, write_text
+from model.files import digest_of, read_json, read_text, write_text
 from pictures import open_picture, sheet, write_png
 from preferences import digest_of_source, read_pairs
 from report import page, read_log, rgb_shift
@@ -104,6 +104,8 @@ def begin_evaluation(
     options = {name: value for name, value in vars(args).items() if name not in NOT_NOTED}
     what = {side.name: {"is": str(side), "digest": digests[side.name]} for side in sides}
     before = begin(out / "evaluation.json", options, inputs, MAY_CHANGE)
+    if before:
+        read_json(out / "evaluation.json", sides=dict, judges=dict)
     for name, now in what.items():
         then = before.get("sides", {}).get(name, now)
         if then != now:

@@ -24,11 +24,11 @@ from torch import Tensor
 import cli
 from build_dataset import encoded
 from dataset.folder import in_turn, noted
-from judgement import spread
+from judgement import HSV, RGB, spread
 from losses.diffusion_dpo import squared_error
 from model.checkpoint import PAPER_PEOPLE, Pipeline
 from model.errors import UserError
-from model.files import digest_all, files_read, parse_object, read_json, read_lines, read_text, write_text
+from model.files import digest_all, files_read, is_a, parse_object, read_json, read_lines, read_text, write_text
 from model.lora import lora_disabled
 from model.preprocess import clip_preprocess, to_batch
 from model.scorers import load_scorer
@@ -119,8 +119,18 @@ def read_scores(out: Path, side: str) -> dict[str, dict]:
             with contextlib.suppress(UserError):               # where a run was killed as it wrote, or an empty line
                 rows.append(parse_object(line, str(path), {"file": str}))
     for row in rows:
+        for name in row.keys() - {"file", "prompt", "seed"}:
+            if not is_answer(name, row[name]):
+                raise UserError(f"{out}, {side}: what {name} says of {row['file']!r:.60} is damaged; make it again")
         known.setdefault(row["file"], {}).update(row)
     return known
+
+
+def is_answer(name: str, value: object) -> bool:
+    """Whether a judge can have said so: a finite number, or the colours of judgement.py."""
+    if name != "colours":
+        return is_a(value, float) and math.isfinite(value)
+    return is_a(value, dict) and all(is_a(value.get(mean), float) for mean in (*HSV, *RGB, "hue_x", "hue_y"))
 
 
 def known_judge(out: Path, name: str, digest: str) -> None:
