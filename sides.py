@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import cli
-from generate import check_sampling_options, draw_pictures, drawing_settings, load_loras, settings
+from generate import check_sampling_options, draw_pictures, drawing_settings, load_loras, merge_loras, settings
 from model.checkpoint import PAPER_PEOPLE, Pipeline, load_pipeline
 from model.errors import UserError
 from model.files import digest_all, files_read, read_lines
@@ -154,6 +154,8 @@ def draw_side(
     if not batches:
         return
     pipeline, _ = load_side(args, side, device, dtype)
+    if not side.lan:
+        merge_loras(pipeline)
     as_drawn = argparse.Namespace(**{**vars(args), "lora": side.loras, "lan": side.lan})
     pictures = ((row, image) for batch in batches for row, (_, image) in zip(batch, draw_pictures(
         args, pipeline, [row["prompt"] for row in batch], [row["seed"] for row in batch], side.lan), strict=True))

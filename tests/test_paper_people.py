@@ -39,7 +39,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def made(tmp_path_factory) -> Path:
     """A run of the whole script with a few steps of every stage."""
     out = tmp_path_factory.mktemp("made")
-    subprocess.run([*MAKE, out], cwd=ROOT, check=True, timeout=300)
+    subprocess.run([*MAKE, out], cwd=ROOT, check=True, timeout=1800)
     return out
 
 
@@ -64,7 +64,7 @@ def test_killed_run_goes_on_to_the_same_checkpoint(made, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert (tmp_path / "clip.safetensors").exists() and not (tmp_path / "checkpoint").exists()
-    subprocess.run([*MAKE, tmp_path], cwd=ROOT, check=True, timeout=300)
+    subprocess.run([*MAKE, tmp_path], cwd=ROOT, check=True, timeout=1800)
     assert files(tmp_path / "checkpoint") == files(made / "checkpoint")
 
 
