@@ -2,6 +2,7 @@
 sheets.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -102,8 +103,11 @@ def parameters(prompt: str, negative_prompt: str, settings: dict[str, object]) -
 def read_parameters(text: str) -> dict[str, str]:
     """The settings in such a text, with "Negative prompt" as one of them. A1111's own texts are read as well."""
     *prompt, last = text.split("\n")
-    found = {key: json.loads(value) if value.startswith('"') else value.strip() for key, value in re.findall(
-        r'([\w][\w ]*): ("(?:\\.|[^\\"])*"|[^,]*)(?:, |$)', last)}
+    found = {}
+    for key, value in re.findall(r'(\w[\w ]*): ("(?:\\.|[^\\"])*"|[^,]*)(?:, |$)', last):
+        found[key] = value.strip()
+        with contextlib.suppress(ValueError):  # quotes that are no JSON stay as they are
+            found[key] = json.loads(value) if value.startswith('"') else found[key]
     negative = "\n".join(prompt).partition("\nNegative prompt: ")[2]
     return found | ({"Negative prompt": negative} if negative else {})
 

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 
 import score
 from model.errors import UserError
-from pictures import FORMATS, open_picture
+from pictures import FORMATS, open_picture, parameters, read_parameters
 from preferences import read_images
 
 rng = np.random.default_rng(0)
@@ -236,3 +236,14 @@ def test_preferences_and_score_see_the_same_pixels(tmp_path, monkeypatch):
     preferred = [pair.load()[1]["w"] for pair in read_images(tmp_path)]
     assert not bad and len(scored) == 5 and scored[-1].size == (20, 40)
     assert all(a.mode == b.mode == "RGB" and a.tobytes() == b.tobytes() for a, b in zip(scored, preferred, strict=True))
+
+
+def test_settings_are_read_back():
+    """Ours, with quotes and several lines; A1111's; and quotes that somebody broke."""
+    settings = {"Steps": 5, "Model": 'my, "model": v1', "CFG scale": "7"}
+    text = parameters("a cat\nand a dog", "bad, (ugly)", settings)
+    assert read_parameters(text) == {"Steps": "5", "Model": 'my, "model": v1', "CFG scale": "7",
+                                     "Negative prompt": "bad, (ugly)"}
+    assert read_parameters("a\nSteps: 20, Size: 1x2, Version: v1.10.1")["Version"] == "v1.10.1"
+    assert read_parameters('a\nSteps: 20, Model: "\\q"') == {"Steps": "20", "Model": '"\\q"'}
+    assert read_parameters("") == read_parameters("a, b") == {}
