@@ -363,7 +363,8 @@ def main() -> None:
                 noted(out / "dataset.json", options, source.inputs, finished=True, rows=rows,
                       rows_from=digest_of(source.names[:rows]), **source.facts, unet_rows=drawn * source.unet_rows,
                       **said)
-                print(f"{out}: {said['counts']}")
+                with cli.last_word():
+                    print(f"{out}: {said['counts']}")
         if said and args.export_pickapic:
             export_pickapic(out, Path(args.export_pickapic))
     if problems:

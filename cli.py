@@ -273,7 +273,8 @@ def run(main: Callable[[], None]) -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         if rank_and_world()[0] > 0:              # of torchrun's processes the first speaks for all
-            sys.stdout = open(os.devnull, "w")
+            silence = open(os.devnull, "w")
+            silence.behind, sys.stdout = sys.stdout, silence
         main()
         sys.stdout.flush()
     except UserError as error:
@@ -290,6 +291,11 @@ def run(main: Callable[[], None]) -> None:
             raise
         less = "a smaller --batch-size, --dtype bfloat16, or (train.py) --gradient-checkpointing takes less"
         sys.exit(_say(f"out of memory ({str(error).splitlines()[0][:120] if str(error) else 'host'}); {less}", 2))
+
+
+def last_word() -> contextlib.AbstractContextManager:
+    """Within the block a silenced process speaks, too: of jobs that share a folder any may be the one that ends it."""
+    return contextlib.redirect_stdout(getattr(sys.stdout, "behind", sys.stdout))
 
 
 def _say(message: str, code: int) -> int:

@@ -238,9 +238,10 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
         captions = [" ".join([name, *(f"{scores[name][i][scorer]:.2f}" for scorer in scorers[:1]), kept[i]["prompt"]])
                     for name, i in shown]
         write_png(out / "sheet.png", sheet([picture(name, kept[i]) for name, i in shown], captions, columns))
-    print(f"win rates against {sides[0]} (95 % interval), and colour shift:")
-    print_candidates(report["candidates"], scorers)
-    print(f"{out / 'report.html'} shows every pair")
+    with cli.last_word():
+        print(f"win rates against {sides[0]} (95 % interval), and colour shift:")
+        print_candidates(report["candidates"], scorers)
+        print(f"{out / 'report.html'} shows every pair")
     return problems
 
 
@@ -280,7 +281,8 @@ def preference_accuracy(
         report = {"preference_accuracy": rates, "pairs": len(scores["other"]), "left_out": sorted(problems.values())}
         write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     lines = [[name, won(rate), f"{rate['percent_ties_half'] or 0:.1f} %"] for name, rate in rates.items()]
-    print_table(["", "right (95 % interval)", "ties as half"], lines)
+    with cli.last_word():
+        print_table(["", "right (95 % interval)", "ties as half"], lines)
     return problems
 
 

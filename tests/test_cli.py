@@ -108,6 +108,6 @@ def test_every_program_imports_cli_first():
 
 def test_of_torchruns_processes_the_first_speaks():
     for rank, said in (("0", "hello\n"), ("1", "")):
-        done = ended("print('hello')\nfor _ in cli.progress([1], 1, 'x'): pass",
+        done = ended("print('hello')\nfor _ in cli.progress([1], 1, 'x'): pass\nwith cli.last_word(): print('table')",
                      env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"})
-        assert done.stdout == said and ("x 1/1" in done.stderr) == bool(said)
+        assert done.stdout == f"{said}table\n" and ("x 1/1" in done.stderr) == bool(said)
