@@ -21,30 +21,30 @@ import cli
 # isort: split
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import NoneType
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from dataset.folder import begin, in_turn, locked, noted
-from dataset.reader import check_files, dataset_digest, read_manifest, read_shard
-from dataset.rows import Made, make_rows, pending_rows, picture_path, row_files, scores_of, summarise
-from generate import check_sampling_options, draw, settings, to_picture
-from model.checkpoint import PAPER_PEOPLE, Pipeline, load_pipeline
+from dataset.folder import in_turn, locked, noted
+from dataset.pool import Pool
+from dataset.preferences import export_pickapic, load_pyarrow, read_images, read_pairs
+from dataset.reader import read_manifest
+from dataset.rows import Made, make_rows, summarise
+from dataset.sources import Source, begin_dataset, from_kept, from_pictures
+from model.builtin import BUILT_IN
+from model.checkpoint import Pipeline, load_pipeline
 from model.errors import UserError
 from model.files import digest_all, digest_of, files_read, read_json
 from model.scorers import load_scorer
-from pictures import open_picture, parameters
-from preferences import digest_of_source, export_pickapic, load_pyarrow, read_images, read_pairs
-from sampling import encode_prompts
+from pictures import parameters
+from sampling import SAMPLERS, Drawing, picture_settings, sample_latents, to_picture
 
 # Options that are not noted in dataset.json, and of those that are the ones that may change: names, whose contents are
 # noted as digests, and what can only add rows.
-NOT_NOTED = ("out", "device", "batch_size", "shard", "export_pickapic", "limit")
+NOT_NOTED = ("out", "device", "batch_size", "shard", "export_pickapic", "limit", "source")
 MAY_CHANGE = ("model", "vae", "prompts", "category", "scorer", "from_pairs", "from_images", "reselect")
 SOURCES = ("reselect", "from_pairs", "from_images", "prompts")
 
@@ -76,64 +76,28 @@ def parse_args():
     parser.add_argument(
         "--export-pickapic", metavar="FILE", help="also write the finished dataset as Pick-a-Pic's parquet (for "
         "diffusers' script); where --out is finished, only that")
-    cli.add_sampling_options(parser)
+    cli.add_drawing_options(parser, SAMPLERS)
     args = parser.parse_args()
     args.images = args.images or args.keep
     args.loser_rank = args.loser_rank if args.loser_rank is not None else args.pool_size
     given = [f"--{name.replace('_', '-')}" for name in SOURCES if getattr(args, name) is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)}: give one of them; rows come from one place")
+    args.source = given[0] if given else "--prompts"
     if args.human_only and not args.from_pairs:
         raise UserError("--human-only goes with --from-pairs")
-    if not args.winner_rank < args.loser_rank <= args.pool_size:
-        raise UserError(
-            f"--winner-rank {args.winner_rank} --loser-rank {args.loser_rank}: must rise within 1 to {args.pool_size}")
     if args.preview_steps is not None:
-        ends = max(args.winner_rank, args.pool_size + 1 - args.loser_rank)
-        if not args.preview_steps < args.steps or not ends <= args.preview_keep <= args.pool_size // 2:
-            raise UserError(
-                f"--preview-steps {args.preview_steps} --preview-keep {args.preview_keep}: fewer steps than --steps, "
-                f"and {ends} to {args.pool_size // 2} kept at each end")
-        if given and given != ["--prompts"]:
-            raise UserError(f"--preview-steps goes with drawing; {given[0]} draws nothing")
-        if args.sampler == "ddpm":
-            raise UserError("--preview-steps needs dpm++ or ddim: ddpm draws noise at every step, so that its previews "
-                            "tell next to nothing of the pictures")
+        if not args.preview_steps < args.steps:
+            raise UserError(f"--preview-steps {args.preview_steps}: fewer than --steps, {args.steps}, were expected")
+        if args.source != "--prompts":
+            raise UserError(f"--preview-steps goes with drawing; {args.source} draws nothing")
+        if SAMPLERS[args.sampler].stochastic:
+            raise UserError(f"--preview-steps needs a sampler such as dpm++: {args.sampler} draws noise at every step, "
+                            "so that its previews tell next to nothing of the pictures")
     return args
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where rows come from."""
-
-    names: list                                # what each row is made from, as JSON can hold it; one a row
-    prompts: Callable[[int], str]
-    make: Callable[[int], Made]
-    about: Callable[[dict, str], dict | None]  # a row's line and a picture's name -> the PNG's text chunks
-    facts: dict                                # what dataset.json tells of the model
-    inputs: dict[str, str]                     # digests, by the option that names them
-    unet_rows: int = 0                         # that go through the U-Net for a row: guided, a picture takes two a step
-
-
 # One prompt
-
-def select(scores: list[float | None], winner_rank: int, from_last: int) -> tuple[int, int]:
-    """Indices of the winner and the loser: `winner_rank` from the best (1 is the best), `from_last` from the worst (0
-    is the worst). Scores that are None take no part; of equal ones the earlier counts as better."""
-    ranked = sorted((i for i, score in enumerate(scores) if score is not None), key=lambda i: (-scores[i], i))
-    return ranked[winner_rank - 1], ranked[-1 - from_last]
-
-
-def pair_of(args, line: dict) -> dict:
-    """The line with its winner and loser, or with `left_out`, a reason, where they are too close to be a pair."""
-    scores = line["scores"]
-    winner, loser = select(scores, args.winner_rank, args.pool_size - args.loser_rank)
-    gap = scores[winner] - scores[loser]
-    if gap <= args.min_gap:
-        ranks = f"ranks {args.winner_rank} and {args.loser_rank} of {args.pool_size}"
-        return {**line, "left_out": f"the gap of {ranks} is {gap:.6g}, not above --min-gap {args.min_gap:g}"}
-    return {**line, "winner": winner, "loser": loser}
-
 
 def score_pool(scorer: Callable, images: list[Image.Image], prompt: str) -> list[float]:
     scores = scorer(images, [prompt] * len(images))
@@ -143,179 +107,122 @@ def score_pool(scorer: Callable, images: list[Image.Image], prompt: str) -> list
 
 
 def draw_pool(
-    args, pipeline: Pipeline, prompt: str, contexts: Tensor, seeds: list[int], steps: int
+    pipeline: Pipeline, drawing: Drawing, prompt: str, contexts: Tensor, seeds: list[int], batch_size: int,
 ) -> tuple[Tensor, list[Image.Image]]:
     """contexts (2, M, D), the negative prompt's first -> latents (N, 4, h, w) on the CPU, and N pictures."""
     latents, images = [], []
-    for i in range(0, len(seeds), args.batch_size):
-        some = seeds[i:i + args.batch_size]
+    for i in range(0, len(seeds), batch_size):
+        some = seeds[i:i + batch_size]
         uncond, cond = contexts[:, None].expand(-1, len(some), -1, -1)
-        x0 = draw(pipeline, cond, uncond, some, args.height, args.width, steps, args.guidance, args.sampler)
+        x0 = sample_latents(pipeline, drawing, cond, uncond, some)
         latents.append(x0.cpu())
         images += [to_picture(pipeline, latent, prompt, seed) for latent, seed in zip(x0, some)]
     return torch.cat(latents), images
 
 
-def pair_from_pool(args, pipeline: Pipeline, scorer: Callable, prompts: list[str], k: int) -> Made:
-    """Draws, scores and selects for prompt number k -> its line, tensors and pictures."""
-    prompt = prompts[k]
-    with torch.no_grad():
-        contexts = encode_prompts(
-            [args.negative_prompt, prompt], pipeline.tokenizer, pipeline.text_encoder, args.prompt_weights,
-            args.clip_skip)
-    seeds = [args.seed + k * args.pool_size + i for i in range(args.pool_size)]
+def pair_from_pool(
+    pipeline: Pipeline, scorer: Callable, drawing: Drawing, pool: Pool, prompt: str, seeds: list[int], batch_size: int,
+    keep_pool: bool,
+) -> Made:
+    """Draws, scores and selects for one prompt -> its line, tensors and pictures."""
+    contexts = drawing.encode([drawing.negative_prompt, prompt], pipeline)       # (2, M, D)
     line: dict = {"prompt": prompt, "seeds": seeds}
-    if args.preview_steps is None:
-        latents, images = draw_pool(args, pipeline, prompt, contexts, seeds, args.steps)
+    if pool.preview_steps is None:
+        latents, images = draw_pool(pipeline, drawing, prompt, contexts, seeds, batch_size)
         scores = score_pool(scorer, images, prompt)
     else:
         # The sampler is deterministic: with the same seed fewer steps give nearly the same picture, so that the
         # previews tell which few seeds are worth drawing in full.
-        latents, images = draw_pool(args, pipeline, prompt, contexts, seeds, args.preview_steps)
+        preview = replace(drawing, steps=pool.preview_steps)
+        latents, images = draw_pool(pipeline, preview, prompt, contexts, seeds, batch_size)
         line["preview_scores"] = score_pool(scorer, images, prompt)
-        ranked = sorted(range(len(seeds)), key=lambda i: (-line["preview_scores"][i], i))
-        ends = sorted(ranked[:args.preview_keep] + ranked[-args.preview_keep:])
-        full, pictures = draw_pool(args, pipeline, prompt, contexts, [seeds[i] for i in ends], args.steps)
+        ends = pool.ends(line["preview_scores"])
+        full, pictures = draw_pool(pipeline, drawing, prompt, contexts, [seeds[i] for i in ends], batch_size)
         scores = [None] * len(seeds)
         for i, latent, picture, score in zip(ends, full, pictures, score_pool(scorer, pictures, prompt)):
             latents[i], images[i], scores[i] = latent, picture, score
-    line = pair_of(args, line | {"scores": scores})
+    line = pool.pair(line | {"scores": scores})
     if "left_out" in line:
         return line, None, {}
     winner, loser = line["winner"], line["loser"]
     tensors = {"latents_w": latents[winner], "latents_l": latents[loser], "context": contexts[1]}
     pictures = {"w": images[winner], "l": images[loser]} | {f"{i:02d}": image for i, image in enumerate(images)}
-    return line, tensors | ({"pool": latents} if args.keep == "pool" else {}), pictures
+    return line, tensors | ({"pool": latents} if keep_pool else {}), pictures
 
 
-def from_prompts(args, pipeline: Pipeline, device: torch.device, facts: dict, inputs: dict) -> Source:
-    if args.prompts is None and args.model != "paper-people":
-        raise UserError("--prompts FILE is needed with this model")
-    prompts = cli.read_prompts(args.prompts or str(PAPER_PEOPLE.parent / "prompts_train.txt"), args.category)
-    if twice := len(prompts) - len(set(prompts)):
-        print(f"{twice} prompts repeat an earlier one; each is drawn, with seeds of its own")
-    args.scorer = args.scorer or ("paper-people" if args.model == "paper-people" else own_scorer(args.model))
-    with files_read() as files:
-        scorer = load_scorer(args.scorer, device)
-
-    def about(line: dict, name: str) -> dict[str, str]:
-        i = line[{"w": "winner", "l": "loser"}[name]] if name in ("w", "l") else int(name)
-        steps = args.steps if line["scores"][i] is not None else args.preview_steps
-        text = settings(args, pipeline, line["seeds"][i], steps)
-        return {"parameters": parameters(line["prompt"], args.negative_prompt, text)}
-
-    steps = args.pool_size * (args.preview_steps or args.steps)
-    steps += 2 * args.preview_keep * args.steps if args.preview_steps else 0
-    return Source(
-        prompts, prompts.__getitem__, partial(pair_from_pool, args, pipeline, scorer, prompts), about, facts,
-        {**inputs, "scorer": digest_all(files)}, steps * (2 if args.guidance > 1 else 1))
-
-
-def own_scorer(model: str) -> str:
-    """The scorer/ that lies in a model's folder, or PickScore."""
-    folder = Path(model) / "scorer"
-    return str(folder) if folder.is_dir() else "pickscore"
-
-
-# Rows that exist
-
-def from_kept(args) -> Source:
-    """Selects anew from the first --pool-size pictures of a pool that is kept; no model is needed."""
-    kept = Path(args.reselect)
-    manifest = read_manifest(kept)
-    drawn_with = manifest.get("options") or {}
-    if args.model not in ("paper-people", manifest["model"]):
-        raise UserError(f"--model {args.model}: the pool of {kept} was drawn with {manifest['model']}; leave it away")
-    shards = [read_shard(kept, manifest, name) for name in manifest["shards"]]
-    rows = [(line, tensors, i) for tensors, lines in shards for i, line in enumerate(lines)]
-    for line, tensors, _ in rows:
-        if "pool" not in tensors:
-            raise UserError(f"{kept}: made without --keep pool; it has no pool to select from")
-        scores = scores_of(line, kept)
-        if len(scores) < args.pool_size:
-            raise UserError(f"--pool-size {args.pool_size}: {kept} keeps {len(scores)} pictures a prompt")
-        if None in scores:
-            raise UserError(f"{kept}: drawn with previews, so that only {len(scores) - scores.count(None)} of "
-                            f"{len(scores)} pictures a prompt have a score to select by; draw a pool without")
-
+def from_prompts(
+    prompts: list[str], pipeline: Pipeline, scorer: Callable, drawing: Drawing, pool: Pool, seed: int, batch_size: int,
+    keep_pool: bool, model: dict, inputs: dict[str, str],
+) -> Source:
+    """Rows from pools that are drawn: picture i of prompt k has the seed `seed + k * pool_size + i`."""
     def make(k: int) -> Made:
-        old, tensors, i = rows[k]
-        line = {key: old[key][:args.pool_size] for key in ("seeds", "scores")}
-        line = pair_of(args, {"prompt": old["prompt"], **line})
-        if "left_out" in line:
-            return line, None, {}
-        pool, ends = tensors["pool"][i], {"w": line["winner"], "l": line["loser"]}
-        paths = {name: picture_path(kept, old["id"], f"{end:02d}") for name, end in ends.items()}
-        pictures = {name: open_picture(path) for name, path in paths.items() if path.is_file()}
-        return line, {**{f"latents_{name}": pool[end] for name, end in ends.items()}, "context": tensors["context"][i]
-                      }, pictures
+        first = seed + k * pool.pool_size
+        return pair_from_pool(pipeline, scorer, drawing, pool, prompts[k], list(range(first, first + pool.pool_size)),
+                              batch_size, keep_pool)
 
-    args.model, args.steps = manifest["model"], drawn_with.get("steps")
-    facts = {key: manifest[key] for key in ("model", "context_width", "scaling_factor", "latent") if key in manifest}
-    return Source(
-        [line["id"] for line, *_ in rows], lambda k: rows[k][0]["prompt"], make, lambda line, name: None,
-        {**facts, "drawn_with": drawn_with}, {"reselect": dataset_digest(kept, manifest)})
+    def texts(line: dict, name: str) -> dict[str, str]:
+        i = line[{"w": "winner", "l": "loser"}[name]] if name in ("w", "l") else int(name)
+        drawn = drawing if line["scores"][i] is not None else replace(drawing, steps=pool.preview_steps)
+        settings = picture_settings(pipeline, drawn, line["seeds"][i])
+        return {"parameters": parameters(line["prompt"], drawing.negative_prompt, settings)}
+
+    steps = pool.pool_size * (pool.preview_steps or drawing.steps)
+    steps += 2 * pool.preview_keep * drawing.steps if pool.preview_steps else 0
+    return Source(prompts, prompts.__getitem__, make, model, inputs, texts, steps * (2 if drawing.guidance > 1 else 1))
 
 
-def encoded(args, pipeline: Pipeline, prompt: str, images: dict[str, Image.Image]) -> Made:
-    """A row from pictures that exist ('w', and 'l' unless they are for SFT): fitted to the size, through the VAE."""
-    fitted = {name: fit(image, args.width, args.height) for name, image in images.items()}
-    tensors = {}
-    with torch.no_grad():
-        context = encode_prompts(
-            [prompt], pipeline.tokenizer, pipeline.text_encoder, args.prompt_weights, args.clip_skip)[0]
-        for name, image in fitted.items():
-            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(args.height, args.width, 3)
-            pixels = pixels.to(pipeline.device).permute(2, 0, 1)[None].float() / 127.5 - 1
-            tensors[f"latents_{name}"] = pipeline.vae.to_latent(pipeline.vae.encode(pixels)[0])[0]
-    return {"prompt": prompt}, {**tensors, "context": context}, fitted
+def default_scorer(model: str) -> str:
+    """The one that goes with the model: its own scorer/, or PickScore."""
+    own = Path(model) / "scorer"
+    return BUILT_IN[model].scorer if model in BUILT_IN else str(own) if own.is_dir() else "pickscore"
 
 
-def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Scaled to cover the size, and cut around the centre."""
-    return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-
-
-def from_pictures(args, pipeline: Pipeline, facts: dict, inputs: dict) -> Source:
-    listed = (read_pairs(Path(args.from_pairs), args.human_only) if args.from_pairs
-              else read_images(Path(args.from_images)))
-    return Source(
-        [digest_of_source([one]) for one in listed], lambda k: listed[k].prompt,
-        lambda k: encoded(args, pipeline, *listed[k].load()), lambda line, name: None, facts, inputs)
+def default_prompts(model: str) -> str:
+    if model not in BUILT_IN:
+        raise UserError("--prompts FILE is needed with this model")
+    return str(BUILT_IN[model].prompts_train)
 
 
 # The folder
 
-def begin_dataset(out: Path, options: dict, source: Source, rows: int, part: int, parts: int) -> list[int]:
-    """Begins the folder or goes on with it; -> the rows that this job is to make. Rows may be added; those that are
-    there stay. `options` keep the dtype that the folder was begun with."""
-    manifest, option = out / "dataset.json", next((o for o in SOURCES if options.get(o) is not None), "prompts")
-    before = begin(manifest, options, source.inputs, (*MAY_CHANGE, "dtype"))
-    if before:
-        read_json(manifest, finished=bool, rows=int, rows_from=(str, NoneType), files=(dict, NoneType))
-        check_files(out, before)
-    had = before.get("rows", 0)
-    if rows < had:
-        raise UserError(f"{out}: {had} rows are begun, and now there are {rows}; go on with all of them (--limit)")
-    if before and digest_of(source.names[:had]) != before.get("rows_from"):
-        raise UserError(f"{out}: the first {had} rows of --{option.replace('_', '-')} are not those that it was begun "
-                        "with; rows may be added at the end, else choose another --out")
-    missing, failed = pending_rows(out, rows)
-    dtype = options["dtype"]
-    options["dtype"] = before.get("options", {}).get("dtype", dtype)
-    if dtype != options["dtype"] and missing:
-        raise UserError(f"{out}: begun with --dtype {options['dtype']}, and now it is {dtype}; only rows that failed "
-                        "may be drawn with another")
-    if not before or missing or failed:
-        noted(manifest, options, source.inputs, finished=False, rows=rows, rows_from=digest_of(source.names[:rows]))
-    mine = [number for number in failed if number % parts == part]
-    for number in mine:                        # no longer failed, but missing: no other job may finish without them
-        row_files(out, number)[1].unlink()
-    return sorted([number for number in missing if number % parts == part] + mine)
-
-
 def is_finished(out: Path) -> bool:
     return (out / "dataset.json").is_file() and read_json(out / "dataset.json").get("finished") is True
+
+
+def open_source(args) -> tuple[Source, dict, str]:
+    """-> where rows come from, the options as they are noted, and where the work is done, in words."""
+    pool, options = Pool.of(vars(args)), vars(args)
+    if args.reselect:
+        manifest = read_manifest(Path(args.reselect))
+        if args.model not in ("paper-people", manifest["model"]):
+            raise UserError(f"--model {args.model}: the pool of {args.reselect} was drawn with {manifest['model']}; "
+                            "leave it away")
+        options = options | {"model": manifest["model"], "steps": (manifest.get("options") or {}).get("steps")}
+        return from_kept(Path(args.reselect), manifest, pool), options, ""
+    device, dtype = cli.device_and_dtype(args.device, args.dtype)
+    with files_read() as files:
+        pipeline = load_pipeline(args.model, device, dtype, args.vae, args.prediction_type)
+    drawing = Drawing.of(options).for_model(pipeline)
+    options = options | asdict(drawing) | {"dtype": str(dtype).removeprefix("torch.")}
+    model = {
+        "model": args.model, "context_width": pipeline.context_width, "scaling_factor": pipeline.vae.scaling_factor,
+        "latent": [4, drawing.height // pipeline.vae.downscale, drawing.width // pipeline.vae.downscale]}
+    inputs = {"model": digest_all(files)}
+    if args.from_pairs or args.from_images:
+        listed = (read_pairs(Path(args.from_pairs), args.human_only) if args.from_pairs
+                  else read_images(Path(args.from_images)))
+        source = from_pictures(listed, pipeline, drawing, model, inputs)
+    else:
+        prompts = cli.read_prompts(args.prompts or default_prompts(args.model), args.category)
+        if twice := len(prompts) - len(set(prompts)):
+            print(f"{twice} prompts repeat an earlier one; each is drawn, with seeds of its own")
+        options["scorer"] = args.scorer or default_scorer(args.model)
+        with files_read() as files:
+            scorer = load_scorer(options["scorer"], device)
+        source = from_prompts(
+            prompts, pipeline, scorer, drawing, pool, args.seed, args.batch_size, args.keep == "pool", model,
+            inputs | {"scorer": digest_all(files)})
+    return source, options, f"; {args.model} on {device} in {options['dtype']}"
 
 
 def main() -> None:
@@ -326,46 +233,32 @@ def main() -> None:
         if is_finished(out):
             return export_pickapic(out, Path(args.export_pickapic))
     part, parts = cli.parse_shard(args.shard)
-    if args.reselect:
-        source, where = from_kept(args), ""
-    else:
-        device, dtype = cli.device_and_dtype(args)
-        with files_read() as files:
-            pipeline = load_pipeline(args.model, device, dtype, args.vae, args.prediction_type)
-        check_sampling_options(args, pipeline)
-        args.dtype = str(dtype).removeprefix("torch.")
-        facts = {
-            "model": args.model, "context_width": pipeline.context_width, "scaling_factor": pipeline.vae.scaling_factor,
-            "latent": [4, args.height // pipeline.vae.downscale, args.width // pipeline.vae.downscale]}
-        inputs = {"model": digest_all(files)}
-        exist = args.from_pairs or args.from_images
-        source = (from_pictures(args, pipeline, facts, inputs) if exist
-                  else from_prompts(args, pipeline, device, facts, inputs))
-        where = f"; {args.model} on {device} in {args.dtype}"
-    rows = min(len(source.names), args.limit or len(source.names))
-    options = {name: value for name, value in vars(args).items() if name not in NOT_NOTED}
+    source, options, where = open_source(args)
+    options = {name: value for name, value in options.items() if name not in NOT_NOTED}
+    rows, dtype = min(len(source.names), args.limit or len(source.names)), options["dtype"]
     with locked(out, part, parts, f"{parts} jobs for {rows} rows"):
         with in_turn(out):
-            pending = begin_dataset(out, options, source, rows, part, parts)
-        scored = f"{args.pool_size} pictures each, scored by {args.scorer}" if source.unet_rows else "nothing to draw"
+            pending = begin_dataset(out, options, MAY_CHANGE, source, args.source, rows, part, parts)
+        scored = (f"{args.pool_size} pictures each, scored by {options['scorer']}" if source.unet_rows
+                  else "nothing to draw")
         print(f"{rows} rows to {out}, {scored}{where}, job {part + 1} of {parts}")
-        if args.dtype != options["dtype"]:                   # the line of a row that is unlike the others says so
+        if dtype != options["dtype"]:                        # the line of a row that is unlike the others says so
             make = source.make
-            source = replace(source, make=lambda k: ((made := make(k))[0] | {"dtype": args.dtype}, *made[1:]))
+            source = replace(source, make=lambda k: ((made := make(k))[0] | {"dtype": dtype}, *made[1:]))
         problems = make_rows(
-            out, rows, pending, source.prompts, source.make, source.about, args.images, cli.progress)
+            out, rows, pending, source.prompts, source.make, source.texts, args.images, cli.progress)
         with in_turn(out):
-            said = summarise(out, rows)
-            if said is None:
+            summary = summarise(out, rows)
+            if summary is None:
                 print(f"{out}: this job's part is done; the others' are not")
             else:
-                drawn = rows - said["counts"]["failed"]
+                drawn = rows - summary["counts"]["failed"]
                 noted(out / "dataset.json", options, source.inputs, finished=True, rows=rows,
-                      rows_from=digest_of(source.names[:rows]), **source.facts, unet_rows=drawn * source.unet_rows,
-                      **said)
+                      rows_from=digest_of(source.names[:rows]), **source.model, unet_rows=drawn * source.unet_rows,
+                      **summary)
                 with cli.last_word():
-                    print(f"{out}: {said['counts']}")
-        if said and args.export_pickapic:
+                    print(f"{out}: {summary['counts']}")
+        if summary and args.export_pickapic:
             export_pickapic(out, Path(args.export_pickapic))
     if problems:
         for problem in problems[:20]:

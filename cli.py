@@ -60,9 +60,13 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def real(least: float | None = None, above: float | None = None, most: float | None = None) -> Callable[[str], float]:
-    """A finite number within its limits; `above` is a limit that it may not touch."""
-    def parse(text: str) -> float:
+def real(
+    least: float | None = None, above: float | None = None, most: float | None = None, auto: bool = False,
+) -> Callable[[str], float | str]:
+    """A finite number within its limits; `above` is a limit that it may not touch. With `auto` also that word."""
+    def parse(text: str) -> float | str:
+        if auto and text == "auto":
+            return text
         limits = [f"{words} {limit:g}" for words, limit in (
             ("of at least", least), ("of more than", above), ("of at most", most)) if limit is not None]
         try:
@@ -97,22 +101,6 @@ def shard_name(text: str) -> str:
     return text
 
 
-def lora_spec(text: str) -> str:
-    """FILE or FILE:WEIGHT; see `split_lora`."""
-    if not math.isfinite(split_lora(text)[1]):
-        raise argparse.ArgumentTypeError(f"{text}: must have a weight that is a finite number")
-    return text
-
-
-def split_lora(spec: str) -> tuple[str, float]:
-    """"FILE:WEIGHT" -> the file and the weight, 1 where there is none."""
-    path, _, weight = spec.rpartition(":")
-    try:
-        return (path, float(weight)) if path else (spec, 1.0)
-    except ValueError:                           # a colon that belongs to the path
-        return spec, 1.0
-
-
 # Options that several programs have
 
 
@@ -133,13 +121,13 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """How a picture is drawn: the same in every program that draws, the paper's settings by default."""
+def add_drawing_options(parser: argparse.ArgumentParser, samplers: Iterable[str]) -> None:
+    """How a picture is drawn (`sampling.Drawing`): the same in every program that draws, as in the paper by default."""
     parser.add_argument("--steps", type=whole(1, 1000), default=50, help="of the sampler, 1 to 1000")
     parser.add_argument("--guidance", type=real(0), default=5.0, help="scale of classifier-free guidance; 1 is off")
     parser.add_argument("--height", type=pixels, help="pixels, a multiple of 8 (default: the model's own size)")
     parser.add_argument("--width", type=pixels, help="pixels, a multiple of 8 (default: the model's own size)")
-    parser.add_argument("--sampler", default="dpm++", choices=("dpm++", "ddim", "ddpm"), help="DPM-Solver++ 2M, ...")
+    parser.add_argument("--sampler", default="dpm++", choices=tuple(samplers), help="DPM-Solver++ 2M, ...")
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what guidance leads away from")
     parser.add_argument(
         "--prompt-weights", default="off", choices=("off", "a1111"),
@@ -155,8 +143,8 @@ def add_prompt_options(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--limit", type=whole(1), help="only the first so many prompts")
 
 
-def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    name = args.device
+def device_and_dtype(name: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """What --device and --dtype stand for here; the device becomes the current one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:                            # torchrun: a GPU for every process
@@ -168,9 +156,9 @@ def device_and_dtype(args: argparse.Namespace) -> tuple[torch.device, torch.dtyp
             torch.cuda.set_device(device)        # what launches kernels of its own does it on the current one
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
-    if args.dtype == "auto":
+    if dtype == "auto":
         return device, torch.bfloat16 if device.type == "cuda" else torch.float32
-    return device, DTYPES[args.dtype]
+    return device, DTYPES[dtype]
 
 
 def number_from_environment(name: str) -> int:
@@ -259,6 +247,12 @@ def progress(items: Iterable, total: int, label: str) -> Iterator:
                 print(line, file=sys.stderr, flush=True)
     if tty and draws:
         print(file=sys.stderr)
+
+
+def print_table(head: list[str], lines: list[list[str]]) -> None:
+    widths = [max(len(cell) for cell in column) for column in zip(head, *lines)]
+    for line in (head, *lines):
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip())
 
 
 def run(main: Callable[[], None]) -> None:

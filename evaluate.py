@@ -22,7 +22,7 @@ import cli
 import importlib.util
 import json
 import sys
-import tempfile
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -31,16 +31,40 @@ import torch
 from PIL import Image
 
 from dataset.folder import begin, in_turn, locked, noted
-from judgement import HSV, colour_shift, colours, win_rate
-from judges import ImplicitReward, chunked, join_scores, load_judge, load_spread, measure
+from dataset.images import open_picture
+from dataset.preferences import digest_of_source, read_pairs
+from evaluation.fid import fid
+from evaluation.judges import (
+    ImplicitReward,
+    chunked,
+    join_scores,
+    judge_colours,
+    load_judge,
+    load_spread,
+    measure,
+)
+from evaluation.report import page, read_log
+from evaluation.sides import (
+    Side,
+    check_sides,
+    draw_side,
+    drawn_digest,
+    load_side,
+    parse_compare,
+    parse_side,
+    rows_drawn,
+    rows_to_draw,
+    unlike_settings,
+)
+from evaluation.statistics import HSV, percent_and_interval, rgb_levels, summary, win_rate
+from model.builtin import BUILT_IN
+from model.checkpoint import Pipeline, load_pipeline
 from model.errors import UserError
 from model.files import digest_of, read_json, read_text, write_text
-from pictures import open_picture, sheet, write_png
-from preferences import digest_of_source, read_pairs
-from report import page, read_log, rgb_shift
-from sides import Side, draw_side, drawn_digest, load_side, make_rows, parse_sides, unlike_settings
+from model.scorers import has_image_tower
+from pictures import sheet, write_png
+from sampling import SAMPLERS, Drawing
 
-TOWERS = ("pickscore", "paper-people", "clip", "aesthetic")     # these have an image tower to measure diversity with
 # Not noted in evaluation.json; or noted by their contents: the sides, the prompts. Scorers may be added.
 NOT_NOTED = ("out", "device", "batch_size", "shard", "scorers", "run", "fid", "lora", "lan", "candidate", "baseline",
              "compare", "limit", "category")
@@ -49,10 +73,17 @@ SHEET_COLUMNS = 12
 SHOWN = ("height", "width", "steps", "guidance", "sampler", "negative_prompt", "seed", "num_images", "dtype")
 
 
+def default_scorers(model: str) -> str:
+    own = Path(model) / "scorer"
+    if model in BUILT_IN:
+        return BUILT_IN[model].scorers
+    return str(own) if own.is_dir() else "pickscore,hpsv2,imagereward,aesthetic,clip"
+
+
 def parse_args():
     parser = cli.common_parser(__doc__)
     parser.add_argument(
-        "--lora", action="append", default=[], type=cli.lora_spec, metavar="FILE[:WEIGHT]",
+        "--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
         help="the candidate is --model with this; repeatable; weight 1 unless given")
     parser.add_argument("--candidate", metavar="MODEL[+LORA[:WEIGHT]]", help="or any model, or a folder of pictures")
     parser.add_argument("--compare", metavar="NAME=LORA[:WEIGHT][+lan],...", help="or several, each --model with that")
@@ -72,7 +103,7 @@ def parse_args():
     parser.add_argument(
         "--shard", type=cli.shard_name, metavar="I/N", help="this job's part, 0/4 ... 3/4 (torchrun sets it)")
     parser.add_argument("--out", required=True, metavar="DIR", help="the same command goes on with it")
-    cli.add_sampling_options(parser)
+    cli.add_drawing_options(parser, SAMPLERS)
     args = parser.parse_args()
     ways = [f"--{name}" for name in ("lora", "candidate", "compare") if getattr(args, name)]
     if args.preference_accuracy and ways not in ([], ["--lora"]):
@@ -81,9 +112,7 @@ def parse_args():
         raise UserError(f"{' and '.join(ways) or 'nothing to judge'}: give one of --lora, --candidate and --compare")
     if args.human_only and not args.preference_accuracy:
         raise UserError("--human-only goes with --preference-accuracy")
-    own = Path(args.model) / "scorer"
-    default = "paper-people,judge" if args.model == "paper-people" else "pickscore,hpsv2,imagereward,aesthetic,clip"
-    names = (args.scorers or (str(own) if own.is_dir() else default)).split(",")
+    names = (args.scorers or default_scorers(args.model)).split(",")
     args.scorers = list(dict.fromkeys(name.strip() for name in names if name.strip()))
     if not args.scorers and not (args.preference_accuracy and args.lora):
         raise UserError("--scorers: none given, such as pickscore,clip")
@@ -98,15 +127,14 @@ def parse_args():
 
 
 def begin_evaluation(
-    args, out: Path, inputs: dict[str, str], sides: list[Side], digests: dict[str, str], rows: list[dict],
+    out: Path, options: dict, inputs: dict[str, str], sides: list[Side], digests: dict[str, str], rows: list[dict],
 ) -> None:
     """Notes what the folder is for; refuses other contents, and what has changed since. New candidates may come."""
-    options = {name: value for name, value in vars(args).items() if name not in NOT_NOTED}
-    what = {side.name: {"is": str(side), "digest": digests[side.name]} for side in sides}
+    contents = {side.name: {"is": str(side), "digest": digests[side.name]} for side in sides}
     before = begin(out / "evaluation.json", options, inputs, MAY_CHANGE)
     if before:
         read_json(out / "evaluation.json", sides=dict, judges=dict)
-    for name, now in what.items():
+    for name, now in contents.items():
         then = before.get("sides", {}).get(name, now)
         if then != now:
             was = then.get("is") if isinstance(then, dict) else then
@@ -117,55 +145,10 @@ def begin_evaluation(
     for path in listings:
         if path.is_file() and read_text(path) != listing:
             raise UserError(f"{out}: begun with other prompts than --prompts has now; choose another --out")
-    noted(out / "evaluation.json", options, inputs, sides=before.get("sides", {}) | what,
+    noted(out / "evaluation.json", options, inputs, sides=before.get("sides", {}) | contents,
           judges=before.get("judges", {}))
     for path in listings:
         write_text(path, listing)
-
-
-# Judging
-
-def fid(pictures: list[Path], real: str, device: torch.device) -> float:
-    """By torch-fidelity, which pytorch-fid's figures compare with. It falls with the number of pictures: compare only
-    sides with equally many, best thousands. Of `pictures` alone: a folder may hold a sheet, and older pictures."""
-    from torch_fidelity import calculate_metrics
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            for number, path in enumerate(pictures):
-                (Path(folder) / f"{number:06d}{path.suffix}").symlink_to(path.resolve())
-            return calculate_metrics(
-                input1=folder, input2=real, fid=True, cuda=device.type == "cuda", batch_size=1, verbose=False,
-            )["frechet_inception_distance"]
-    except Exception as error:                 # its own, the network's and the decoders' errors have no class in common
-        raise UserError(f"{type(error).__name__}: {' '.join(str(error).split())}") from None
-
-
-def summary(sides: list[str], scores: dict[str, list[dict]], scorers: list[str]) -> dict:
-    """What report.json says of the pictures; for a single candidate also at the top, without its name."""
-    def column(side: str, name: str) -> list:
-        return [said[name] for said in scores[side]]
-
-    means = {name: {side: sum(column(side, name)) / len(scores[side]) for side in sides} for name in scorers}
-    candidates = {side: {
-        "win_rate": {name: win_rate(column(side, name), column(sides[0], name)) for name in scorers},
-        "colour_shift": colour_shift(column(side, "colours"), column(sides[0], "colours"))} for side in sides[1:]}
-    report = candidates[sides[1]] if len(sides) == 2 else {}
-    report = {**report, "candidates": candidates, "mean_score": means}
-    if all("diversity" in said for side in sides for said in scores[side]):
-        report["diversity"] = {side: sum(column(side, "diversity")) / len(scores[side]) for side in sides}
-    return report
-
-
-def print_table(head: list[str], lines: list[list[str]]) -> None:
-    widths = [max(len(cell) for cell in column) for column in zip(head, *lines)]
-    for line in (head, *lines):
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip())
-
-
-def won(rate: dict) -> str:
-    percent = "all tied" if rate["percent"] is None else f"{rate['percent']:.1f} %"
-    ties = f", {rate['ties']} tied" if rate["ties"] else ""
-    return f"{percent} ({rate['ci95'][0]:.1f} to {rate['ci95'][1]:.1f}{ties})"
 
 
 def print_candidates(candidates: dict[str, dict], scorers: list[str]) -> None:
@@ -173,27 +156,69 @@ def print_candidates(candidates: dict[str, dict], scorers: list[str]) -> None:
     for name, found in candidates.items():
         shift = found["colour_shift"]
         changes = ["-" if shift[channel] is None else f"{shift[channel]:+.1f} %" for channel in HSV]
-        rates = [won(found["win_rate"][scorer]) for scorer in scorers]
-        lines.append([name, *rates, *changes, f"{shift['hue_degrees']:.1f}", rgb_shift(shift)])
-    print_table(["", *scorers, *HSV, "hue degrees", "RGB of 255"], lines)
+        rates = [percent_and_interval(found["win_rate"][scorer]) for scorer in scorers]
+        lines.append([name, *rates, *changes, f"{shift['hue_degrees']:.1f}", rgb_levels(shift)])
+    cli.print_table(["", *scorers, *HSV, "hue degrees", "RGB of 255"], lines)
 
 
-def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int, parts: int) -> dict[str, str]:
+def make_sides(args) -> list[Side]:
+    """The baseline first, then the candidates."""
+    sides = [parse_side("baseline", args.baseline or args.model)]
+    if args.candidate:
+        sides.append(parse_side("candidate", args.candidate, args.lan))
+    if args.lora:
+        sides.append(Side("candidate", args.model, tuple(args.lora), args.lan))
+    if args.compare:
+        sides += parse_compare(args.compare, args.model, args.lan)
+    check_sides(sides, args.sampler)
+    return sides
+
+
+def make_rows(args, sides: list[Side], drawing: Drawing) -> tuple[list[dict], Drawing]:
+    """The pictures that are judged; where some are drawn already it is they that say, and the size is theirs."""
+    drawn = [side for side in sides if side.drawn]
+    if not drawn:
+        own = str(BUILT_IN[args.model].prompts_test) if args.model in BUILT_IN else "parti-people"
+        prompts = cli.read_prompts(args.prompts or own, args.category)[:args.limit]
+        return rows_to_draw(prompts, args.num_images, args.seed), drawing
+    if args.prompts:
+        raise UserError(f"--prompts: {drawn[0].model} has its own; leave this away")
+    rows, (width, height) = rows_drawn(drawn, args.limit)
+    for option, pixels in (("width", width), ("height", height)):
+        if getattr(args, option) not in (None, pixels):
+            raise UserError(f"--{option} {getattr(args, option)}: the pictures of {drawn[0].model} have {pixels}")
+    return rows, replace(drawing, height=height, width=width)
+
+
+def noted_options(args, drawing: Drawing, dtype: torch.dtype) -> dict:
+    options = vars(args) | asdict(drawing) | {"dtype": str(dtype).removeprefix("torch.")}
+    return {name: value for name, value in options.items() if name not in NOT_NOTED}
+
+
+def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int, parts: int) -> list[str]:
     """Draws and judges all sides, and writes the report, once all jobs are done. -> what went wrong."""
-    sides = parse_sides(args)
-    rows = make_rows(args, sides)
-    to_draw = [side for side in sides if not side.drawn]
-    # Before the first picture: what is wrong with the last side shows now.
-    digests = {side.name: drawn_digest(side, rows) if side.drawn else load_side(args, side, device, dtype)[1]
-               for side in sides}
-    unlike = unlike_settings(args, sides, rows)
+    def load(model: str) -> Pipeline:
+        return load_pipeline(model, device, dtype, args.vae, args.prediction_type)
+
+    sides = make_sides(args)
+    rows, drawing = make_rows(args, sides, Drawing.of(vars(args)))
+    to_draw, digests = [side for side in sides if not side.drawn], {}
+    for side in sides:                           # before the first picture: what is wrong with the last side shows now
+        if side.drawn:
+            digests[side.name] = drawn_digest(side, rows)
+        else:
+            pipeline, digests[side.name] = load_side(side, load)
+            drawing = drawing.for_model(pipeline)
+            del pipeline
+    options = noted_options(args, drawing, dtype)
+    unlike = unlike_settings(sides, drawing, rows)
     for difference in unlike:
         print(f"not drawn alike: {difference}; this is judged, too", file=sys.stderr)
     names = [side.name for side in sides]
     folders = {side.name: side.folder(out) for side in sides}
-    judges = {"colours": lambda: lambda images, prompts: [colours(image) for image in images]}
+    judges = {"colours": lambda: judge_colours}
     judges |= {name: partial(load_judge, name, device) for name in args.scorers}
-    towers = [name for name in args.scorers if name.partition(":")[0] in TOWERS or Path(name).is_dir()]
+    towers = [name for name in args.scorers if has_image_tower(name)]
     if towers and any(len(list(pictures)) > 1 for _, pictures in groupby(rows, key=lambda row: row["prompt"])):
         judges["diversity"] = partial(load_spread, towers, device)
 
@@ -202,35 +227,37 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
 
     with locked(out, part, parts, f"{parts} jobs"):
         with in_turn(out):
-            begin_evaluation(args, out, {"prompts": digest_of(rows)}, sides, digests, rows)
+            begin_evaluation(out, options, {"prompts": digest_of(rows)}, sides, digests, rows)
         print(
-            f"{len(rows)} pictures of {args.width}x{args.height} a side to {out}, on {device} in {args.dtype}, job "
-            f"{part + 1} of {parts}: " + "; ".join(f"{side.name} is {side}" for side in sides))
+            f"{len(rows)} pictures of {drawing.width}x{drawing.height} a side to {out}, on {device} in "
+            f"{options['dtype']}, job {part + 1} of {parts}: " + "; ".join(f"{side.name} is {side}" for side in sides))
         chunks = chunked(rows, args.batch_size)[part::parts]
         for side in to_draw:
-            draw_side(args, side, out, chunks, device, dtype)
-        problems = measure(out, names, chunks, picture, judges, f"{part}-of-{parts}")
+            draw_side(side, load, drawing, out, chunks, args.batch_size, cli.progress)
+        left_out, unreadable = measure(out, names, chunks, picture, judges, f"{part}-of-{parts}", cli.progress)
         all_drawn = all((folders[name] / row["file"]).is_file() for name in names for row in rows)
         with in_turn(out):
-            joined = join_scores(out, names, rows, list(judges), picture, problems) if all_drawn else None
+            working = [name for name in judges if name not in left_out]
+            joined = join_scores(out, names, rows, working, picture) if all_drawn else None
         if joined is None:
             print(f"{out}: this job's part is done; the others' are not")
-            return problems
-        kept, scores = joined
+            return [*left_out.values(), *unreadable]
+        kept, scores, more = joined
+        problems = [*left_out.values(), *sorted(unreadable | more)]
         if not kept:
-            raise UserError(f"{out}: no picture that can be read on every side; {next(iter(problems.values()), '')}")
-        scorers = [name for name in args.scorers if name not in problems]
+            raise UserError(f"{out}: no picture that can be read on every side; {next(iter(problems), '')}")
+        scorers = [name for name in args.scorers if name not in left_out]
         report = {
             "sides": {side.name: str(side) for side in sides}, "pictures": len(kept),
-            "settings": {name: getattr(args, name) for name in SHOWN if to_draw or name in ("height", "width")},
+            "settings": {name: options[name] for name in SHOWN if to_draw or name in ("height", "width")},
             **({"not_drawn_alike": unlike} if unlike else {}), **summary(names, scores, scorers)}
         try:
             if args.fid:
                 report["fid"] = {
                     name: fid([folders[name] / row["file"] for row in kept], args.fid, device) for name in names}
         except UserError as error:
-            problems["fid"] = f"FID is left out: {error}"
-        report["left_out"] = sorted(problems.values())
+            problems.append(f"FID is left out: {error}")
+        report["left_out"] = sorted(problems)
         write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
         write_text(out / "report.html", page(report, kept, scores, picture, {run: read_log(run) for run in args.run}))
         columns = min(SHEET_COLUMNS, len(kept))
@@ -247,53 +274,60 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
 
 def preference_accuracy(
     args, out: Path, device: torch.device, dtype: torch.dtype, part: int, parts: int
-) -> dict[str, str]:
+) -> list[str]:
     """How often each scorer puts the preferred picture first: a win rate of the preferred over the others."""
     pairs = read_pairs(Path(args.preference_accuracy), args.human_only)[:args.limit]
     rows = [{"file": f"{i:06d}", "prompt": pair.prompt} for i, pair in enumerate(pairs)]
     judges = {name: partial(load_judge, name, device) for name in args.scorers}
-    policy = Side("policy", args.model, tuple(args.lora))
-    digests = {}
+    policy, drawing, digests = Side("policy", args.model, tuple(args.lora)), Drawing.of(vars(args)), {}
+
+    def load(model: str) -> Pipeline:
+        return load_pipeline(model, device, dtype, args.vae, args.prediction_type)
+
     if args.lora:
-        digests["policy"] = load_side(args, policy, device, dtype)[1]
-        judges["implicit-reward"] = lambda: ImplicitReward(args, load_side(args, policy, device, dtype)[0])
-    load = lru_cache(maxsize=16)(lambda i: pairs[i].load()[1])
+        pipeline, digests["policy"] = load_side(policy, load)
+        drawing = drawing.for_model(pipeline)
+        del pipeline
+        judges["implicit-reward"] = lambda: ImplicitReward(load_side(policy, load)[0], drawing, args.seed)
+    load_pictures = lru_cache(maxsize=16)(lambda i: pairs[i].load()[1])
 
     def picture(side: str, row: dict) -> Image.Image:
-        return load(int(row["file"]))[{"preferred": "w", "other": "l"}[side]]
+        return load_pictures(int(row["file"]))[{"preferred": "w", "other": "l"}[side]]
 
     names = ["preferred", "other"]
     with locked(out, part, parts, f"{parts} jobs"):
         with in_turn(out):
             inputs = {"preference_accuracy": digest_of_source(pairs)}
-            begin_evaluation(args, out, inputs, [policy] if args.lora else [], digests, [])
+            begin_evaluation(
+                out, noted_options(args, drawing, dtype), inputs, [policy] if args.lora else [], digests, [])
         print(f"{len(pairs)} preferences to {out}, judged by {', '.join(judges)}, job {part + 1} of {parts}")
         chunks = chunked(rows, args.batch_size)[part::parts]
-        problems = measure(out, names, chunks, picture, judges, f"{part}-of-{parts}")
+        left_out, unreadable = measure(out, names, chunks, picture, judges, f"{part}-of-{parts}", cli.progress)
         with in_turn(out):
-            joined = join_scores(out, names, rows, list(judges), picture, problems)
+            joined = join_scores(out, names, rows, [name for name in judges if name not in left_out], picture)
         if joined is None:
             print(f"{out}: this job's part is done; the others' are not")
-            return problems
-        _, scores = joined
-        rates = {name: win_rate(*([said[name] for said in scores[side]] for side in names))
-                 for name in judges if name not in problems}
-        report = {"preference_accuracy": rates, "pairs": len(scores["other"]), "left_out": sorted(problems.values())}
+            return [*left_out.values(), *unreadable]
+        _, scores, more = joined
+        problems = [*left_out.values(), *sorted(unreadable | more)]
+        rates = {name: win_rate(*([answers[name] for answers in scores[side]] for side in names))
+                 for name in judges if name not in left_out}
+        report = {"preference_accuracy": rates, "pairs": len(scores["other"]), "left_out": sorted(problems)}
         write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
-    lines = [[name, won(rate), f"{rate['percent_ties_half'] or 0:.1f} %"] for name, rate in rates.items()]
+    lines = [[name, percent_and_interval(rate), f"{rate['percent_ties_half'] or 0:.1f} %"]
+             for name, rate in rates.items()]
     with cli.last_word():
-        print_table(["", "right (95 % interval)", "ties as half"], lines)
+        cli.print_table(["", "right (95 % interval)", "ties as half"], lines)
     return problems
 
 
 def main() -> None:
     args = parse_args()
     part, parts = cli.parse_shard(args.shard)
-    device, dtype = cli.device_and_dtype(args)
-    args.dtype = str(dtype).removeprefix("torch.")
+    device, dtype = cli.device_and_dtype(args.device, args.dtype)
     run = preference_accuracy if args.preference_accuracy else compare
     if problems := run(args, Path(args.out), device, dtype, part, parts):
-        for problem in problems.values():
+        for problem in problems:
             print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
         sys.exit(2)
 

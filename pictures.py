@@ -1,93 +1,15 @@
-"""Pictures as files: strange ones opened with suspicion, pixels from the decoder, PNG with the settings inside, contact
-sheets.
-"""
+"""Pictures as we write them: PNG with the settings inside, contact sheets, curves."""
 
 import contextlib
-import io
 import json
 import math
 import re
-import warnings
 from bisect import bisect_right
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from model.errors import UserError
 from model.files import atomic_write
-from model.preprocess import over_white
-
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")        # Pillow knows more: an EPS would start Ghostscript
-Image.MAX_IMAGE_PIXELS = 64_000_000              # no picture of ours is larger; a bomb is refused, not unpacked
-LONGEST, STRETCHED = 16_384, 50                  # pixels a side; and long side over short side
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)                  # `open_picture` refuses these itself
-
-
-def open_picture(source: Path | bytes, where: str | None = None) -> Image.Image:
-    """A picture from a file or from a file's bytes: decoded to its end, upright, and RGB, over white where it is
-    transparent. Of an animation it is the first picture. `info` keeps the texts of a PNG and nothing else.
-
-    `where` is what errors call it (default: the path). Raises UserError where it is none of FORMATS, damaged, too
-    large, or not there.
-    """
-    where = str(source) if where is None else where
-    try:
-        if isinstance(source, Path) and not source.is_file():
-            raise UserError(f"{where}: no such picture")
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-            if math.prod(image.size) > Image.MAX_IMAGE_PIXELS \
-                    or max(image.size) > min(LONGEST, STRETCHED * min(image.size)):
-                raise too_large(where, f"{image.width}x{image.height}")
-            image.load()
-            texts = {key: text for key, text in image.info.items() if isinstance(text, str)}
-            image = over_white(eight_bits(ImageOps.exif_transpose(image)))
-    except Image.DecompressionBombError:
-        raise too_large(where, "far too many") from None
-    except UserError:
-        raise
-    except Image.UnidentifiedImageError:
-        raise UserError(f"{where}: not a readable picture (none of {', '.join(FORMATS)})") from None
-    except Exception as error:                   # the decoders' errors have no class in common
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{where}: not a readable picture ({reason})") from None
-    image.info = texts                           # the others, such as a profile of CMYK, tell of the file as it was
-    return image
-
-
-def too_large(where: str, size: str) -> UserError:
-    return UserError(
-        f"{where}: {size} pixels; at most {LONGEST} a side, {Image.MAX_IMAGE_PIXELS} in all, and {STRETCHED} times as "
-        "long as wide")
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits, whole or float, is scaled to 8: Pillow's own convert cuts it off at 255. Other pictures
-    stay as they are, but for the transparent colour that an RGB of 16 bits may have, of which Pillow keeps the high
-    bytes.
-
-    Whole numbers are of 16 bits, whatever they are kept in. Of floats nobody says which is white: it is the first of
-    1, 255 and 65535 that is not passed by twofold. Where all are, the brightest pixel is white.
-    """
-    clear = image.info.get("transparency")
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image).astype(np.float32)
-        values = np.where(np.isfinite(values), values, 0)
-        brightest = values.max()
-        usual = (1, 255, 65535) if image.mode == "F" else (65535,)
-        white = next((value for value in usual if brightest < 2 * value), brightest)
-        grey = (values / white * 255).round().clip(0, 255)
-        return Image.fromarray(np.where(values == clear, 255, grey).astype(np.uint8))
-    if isinstance(clear, tuple) and max(clear) > 255:
-        image.info["transparency"] = tuple(value >> 8 for value in clear)
-    return image
-
-
-def to_images(decoded: torch.Tensor) -> list[Image.Image]:
-    """Decoded (B, 3, H, W), about [-1, 1] -> B pictures. Rounded half to even, as diffusers does."""
-    pixels = ((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def parameters(prompt: str, negative_prompt: str, settings: dict[str, object]) -> str:
@@ -137,12 +59,12 @@ def sheet(images: list[Image.Image], captions: list[str], columns: int, cell: in
     lines = [wrapped(caption, font, width) for caption in captions]
     pitch_x, pitch_y = width + 8, height + 14 * max(map(len, lines)) + 8
     page = Image.new("RGB", (columns * pitch_x + 8, math.ceil(len(images) / columns) * pitch_y + 8), "white")
-    draw = ImageDraw.Draw(page)
+    canvas = ImageDraw.Draw(page)
     for i, (thumb, caption) in enumerate(zip(thumbs, lines, strict=True)):
         x, y = 8 + i % columns * pitch_x, 8 + i // columns * pitch_y
         page.paste(thumb, (x, y))
         for j, line in enumerate(caption):
-            draw.text((x, y + height + 2 + 14 * j), line, fill="black", font=font)
+            canvas.text((x, y + height + 2 + 14 * j), line, fill="black", font=font)
     return page
 
 
@@ -150,16 +72,17 @@ def curves(series: dict[str, list[float]], width: int = 720, height: int = 150) 
     """A chart for every series, one below the other: the values, pale, and their running mean."""
     font = ImageFont.load_default(12)
     page = Image.new("RGB", (width + 90, (height + 34) * len(series) + 10), "white")
-    draw = ImageDraw.Draw(page)
+    canvas = ImageDraw.Draw(page)
     for row, (name, values) in enumerate(series.items()):
         top, left = row * (height + 34) + 24, 76
         low, high = min(values), max(values)
         high = high if high > low else low + (abs(low) or 1.0)
 
-        draw.rectangle((left, top, left + width, top + height), outline="#bbbbbb")
-        draw.text((left, top - 18), f"{name}: last {values[-1]:.5g}, steps 1 to {len(values)}", fill="black", font=font)
-        draw.text((6, top), f"{high:.3g}", fill="#555555", font=font)
-        draw.text((6, top + height - 14), f"{low:.3g}", fill="#555555", font=font)
+        canvas.rectangle((left, top, left + width, top + height), outline="#bbbbbb")
+        title = f"{name}: last {values[-1]:.5g}, steps 1 to {len(values)}"
+        canvas.text((left, top - 18), title, fill="black", font=font)
+        canvas.text((6, top), f"{high:.3g}", fill="#555555", font=font)
+        canvas.text((6, top + height - 14), f"{low:.3g}", fill="#555555", font=font)
         window = max(1, len(values) // 20)
         sums = [0.0]
         for value in values:
@@ -168,7 +91,7 @@ def curves(series: dict[str, list[float]], width: int = 720, height: int = 150) 
         for line, colour, thick in ((values, "#b8d4f0", 1), (means, "#1f5fa8", 2)):
             x = [left + width * i / max(len(line) - 1, 1) for i in range(len(line))]
             y = [top + height * (1 - (value - low) / (high - low)) for value in line]
-            draw.line(list(zip(x, y)), fill=colour, width=thick)
+            canvas.line(list(zip(x, y)), fill=colour, width=thick)
     return page
 
 

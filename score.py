@@ -18,48 +18,37 @@ from pathlib import Path
 
 import torch
 
+from dataset.images import open_picture, read_listing
 from model.errors import UserError
-from model.files import read_lines, read_text, write_text
-from model.scorers import load_scorer
-from pictures import open_picture
+from model.files import read_text, write_text
+from model.scorers import load_scorer, reads_prompts
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def read_listing(path: Path) -> list[tuple[str, str]]:
-    """(file, prompt) of every line of a .jsonl."""
-    rows = read_lines(path, file=str, prompt=str)
-    for row in rows:
-        if Path(row["file"]).is_absolute() or ".." in Path(row["file"]).parts:
-            raise UserError(f"{path}: {row['file']!r:.200} lies outside the folder")
-    if not rows:
-        raise UserError(f"{path}: no picture in it")
-    return [(row["file"], row["prompt"].encode(errors="replace").decode()) for row in rows]      # half an emoji: ?
-
-
-def read_pairs(folder: Path, prompts: str | None, promptless: bool = False) -> list[tuple[str, str]]:
-    """(file, prompt) of every picture to score; `promptless` when no scorer reads them."""
+def list_pictures(folder: Path, prompts: str | None, promptless: bool = False) -> list[dict]:
+    """{file, prompt} of every picture to score; `promptless` when no scorer reads them."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     # sheet.png is the contact sheet that our own programs write.
     files = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name != "sheet.png")
     listing = Path(prompts) if prompts else folder / "images.jsonl"
     if listing.is_file() and (prompts is None or listing.suffix == ".jsonl" and '"file"' in read_text(listing)):
-        pairs = read_listing(listing)
-        unlisted = sorted(set(files) - {file for file, _ in pairs})
+        listed = read_listing(listing)
+        unlisted = sorted(set(files) - {row["file"] for row in listed})
         if unlisted:
             print(f"not in {listing}, and not scored: {len(unlisted)} pictures ({unlisted[0]}, ...)")
-        return pairs
+        return listed
     if not files:
         raise UserError(f"{folder}: no pictures here ({', '.join(SUFFIXES)})")
     if prompts is None:
         if not promptless:
             raise UserError(f"{folder}: no images.jsonl here, which would hold the prompts; give them with --prompts")
-        return [(file, "") for file in files]
+        return [{"file": file, "prompt": ""} for file in files]
     texts = cli.read_prompts(prompts)
     if len(texts) != len(files):
         raise UserError(f"{len(files)} pictures in {folder} and {len(texts)} prompts in {prompts}; expected one each")
-    return list(zip(files, texts))
+    return [{"file": file, "prompt": text} for file, text in zip(files, texts)]
 
 
 def score_all(
@@ -109,10 +98,10 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    device, dtype = cli.device_and_dtype(args)
+    device, dtype = cli.device_and_dtype(args.device, args.dtype)
     folder, out = Path(args.images), Path(args.out)
-    promptless = all(name.partition(":")[0] == "aesthetic" for name in args.scorers)
-    rows = [{"file": f, "prompt": p, "scores": {}} for f, p in read_pairs(folder, args.prompts, promptless)]
+    promptless = not any(reads_prompts(name) for name in args.scorers)
+    rows = [{**row, "scores": {}} for row in list_pictures(folder, args.prompts, promptless)]
     print(f"scoring {len(rows)} pictures of {folder} with {', '.join(args.scorers)} on {device} in {args.dtype}")
 
     problems, bad = [], {}

@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import cli  # noqa: E402
+from dataset.images import open_picture  # noqa: E402
 from model.scorers import load_scorer  # noqa: E402
-from pictures import open_picture  # noqa: E402
 
 PROMPT = "a painting of an ocean with clouds and birds, day time, low depth field effect"
 PUBLISHED = [0.5811622738838196, 0.2745276093482971, -1.4131819009780884, -2.029569625854492]

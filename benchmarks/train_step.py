@@ -15,7 +15,6 @@ import resource
 import statistics
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -50,16 +49,17 @@ def made(make, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def ours(args, device: torch.device, dtype: torch.dtype, clock: Clock):
+    from losses import hg_dpo_loss
     from model.ldm import SD15
     from model.lora import inject_lora
     from model.unet import UNet
     from sampling import add_noise, make_alphas_cumprod
-    from train import loss_of, make_lean, make_optimizer, predictions
+    from train import make_optimizer, predictions
+    from training.memory import save_memory
     unet = made(UNet, device, dtype)
     parameters = inject_lora(unet)
-    make_lean(unet, args.gradient_checkpointing, args.compile)
-    options = Namespace(loss="hg-dpo", beta=2500.0, lambda_stat=10000.0, optimizer="adamw", lr=1e-5)
-    optimizer = make_optimizer(options, parameters)
+    save_memory(unet, args.gradient_checkpointing, args.compile)
+    optimizer = make_optimizer("adamw", parameters, lr=1e-5)
     alphas_cumprod = make_alphas_cumprod(SD15["scheduler"]).to(device)
     side = args.size // 8
     x0 = torch.randn(2, 4, side, side, device=device)
@@ -69,8 +69,8 @@ def ours(args, device: torch.device, dtype: torch.dtype, clock: Clock):
         t = torch.randint(0, 1000, (1,)).to(device)
         noise = torch.randn(1, 4, side, side).to(device).repeat(2, 1, 1, 1)
         x_t = add_noise(x0, noise, t.repeat(2), alphas_cumprod)
-        eps, eps_ref = predictions(unet, x_t, t.repeat(2), context, reference=True, compiled=args.compile)
-        loss, _ = loss_of(options, eps, eps_ref, noise, t, alphas_cumprod)
+        predicted = predictions(unet, x_t, t.repeat(2), context, reference=True, compiled=args.compile)
+        loss, _ = hg_dpo_loss(**predicted, noise=noise, timesteps=t, alphas_cumprod=alphas_cumprod)
         loss.backward()
         clock.mark("U-Net part")
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -85,8 +85,8 @@ def refuse_other(out: Path, name: str, before: str | None, now: str | None) -> N
 
 def noted(manifest: Path, options: dict, inputs: dict[str, str], **more) -> None:
     """Writes the manifest."""
-    about = {"format": FORMAT, **more, "options": options, "inputs": inputs}
-    write_text(manifest, json.dumps(about, indent=2) + "\n")
+    content = {"format": FORMAT, **more, "options": options, "inputs": inputs}
+    write_text(manifest, json.dumps(content, indent=2) + "\n")
 
 
 def clear_unfinished(out: Path) -> None:

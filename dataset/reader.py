@@ -18,34 +18,34 @@ from .rows import pairs_of, row_number
 def read_manifest(folder: Path) -> dict:
     """dataset.json of a finished dataset, of this version's format or the one before."""
     path = folder / "dataset.json"
-    about = read_json(path, format=int, finished=bool)
-    if about["format"] not in (1, FORMAT):
-        raise UserError(f"{path}: format {about['format']}, and this program reads 1 and {FORMAT}")
-    if not about["finished"]:
+    manifest = read_json(path, format=int, finished=bool)
+    if manifest["format"] not in (1, FORMAT):
+        raise UserError(f"{path}: format {manifest['format']}, and this program reads 1 and {FORMAT}")
+    if not manifest["finished"]:
         raise UserError(f"{folder}: not finished; run build_dataset.py's command again first")
-    about = read_json(
+    manifest = read_json(
         path, model=str, context_width=int, scaling_factor=float, shards=list, latent=(list, NoneType),
         options=(dict, NoneType), files=(dict, NoneType))
-    for name in about["shards"]:
+    for name in manifest["shards"]:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(f"{path}: {name!r:.60} among its shards; a file beside it was expected")
-    check_files(folder, about)
-    return about
+    check_files(folder, manifest)
+    return manifest
 
 
-def check_files(folder: Path, about: dict) -> None:
+def check_files(folder: Path, manifest: dict) -> None:
     """Refuses shards that are not as they were when the dataset was finished."""
-    for name, known in (about.get("files") or {}).items():
+    for name, known in (manifest.get("files") or {}).items():
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder / name}: not there; get or make the dataset again")
         if digest(folder / name) != known:
             raise UserError(f"{folder / name}: not as it was when the dataset was finished; get or make it again")
 
 
-def dataset_digest(folder: Path, about: dict) -> str:
+def dataset_digest(folder: Path, manifest: dict) -> str:
     """Changes with any row."""
-    files = about.get("files") or {
-        name: digest(folder / name) for shard in about["shards"] for name in (shard, pairs_of(shard))
+    files = manifest.get("files") or {
+        name: digest(folder / name) for shard in manifest["shards"] for name in (shard, pairs_of(shard))
         if (folder / name).is_file()}
     return digest_of(files)
 
@@ -58,19 +58,19 @@ def read_shard_lines(folder: Path, name: str) -> list[dict]:
     return lines
 
 
-def read_shard(folder: Path, about: dict, name: str) -> tuple[dict[str, Tensor], list[dict]]:
+def read_shard(folder: Path, manifest: dict, name: str) -> tuple[dict[str, Tensor], list[dict]]:
     """One shard's tensors, mapped, not read, and as many lines."""
     tensors, lines, path = read_tensors(folder / name), read_shard_lines(folder, name), folder / name
     context, latents = tensors.get("context"), [tensors.get(f"latents_{side}") for side in "wl"]
     if context is None or latents[0] is None:
         raise UserError(f"{path}: it has {', '.join(tensors)}; latents_w and context were expected")
-    shape = [len(lines), *(about.get("latent") or latents[0].shape[1:])]
+    shape = [len(lines), *(manifest.get("latent") or latents[0].shape[1:])]
     for which, tensor in (("latents_w", latents[0]), ("latents_l", latents[1])):
         if tensor is not None and (list(tensor.shape) != shape or not tensor.is_floating_point()):
             raise UserError(f"{path}: {which} is {list(tensor.shape)} of {tensor.dtype}, and {shape} was expected")
-    if context.ndim != 3 or context.shape[::2] != (len(lines), about["context_width"]):
+    if context.ndim != 3 or context.shape[::2] != (len(lines), manifest["context_width"]):
         raise UserError(
-            f"{path}: context is {list(context.shape)}, and {[len(lines), 77, about['context_width']]} was expected")
+            f"{path}: context is {list(context.shape)}, and {[len(lines), 77, manifest['context_width']]} was expected")
     return tensors, lines
 
 
@@ -78,14 +78,14 @@ class Pairs:
     """The rows of a dataset's shards. They are mapped, not read: a dataset may be larger than memory."""
 
     def __init__(self, folder: Path, pipeline: Pipeline, need_losers: bool):
-        about = read_manifest(folder)
+        manifest = read_manifest(folder)
         for key, ours in (("context_width", pipeline.context_width), ("scaling_factor", pipeline.vae.scaling_factor)):
-            if about[key] != ours:
-                raise UserError(
-                    f"{folder}: made with {about['model']}, whose {key} is {about[key]}; {pipeline.name} has {ours}")
+            if manifest[key] != ours:
+                raise UserError(f"{folder}: made with {manifest['model']}, whose {key} is {manifest[key]}; "
+                                f"{pipeline.name} has {ours}")
         self.rows, self.ids, self.prompts = [], [], []
-        for name in about["shards"]:
-            shard, lines = read_shard(folder, about, name)
+        for name in manifest["shards"]:
+            shard, lines = read_shard(folder, manifest, name)
             if need_losers and "latents_l" not in shard:
                 raise UserError(f"{folder}: pictures without losers; they are for --loss sft")
             self.rows += [(shard, i) for i in range(len(lines))]
@@ -94,7 +94,7 @@ class Pairs:
         if not self.rows:
             raise UserError(f"{folder}: no pair in it")
         self.parts = ("latents_w", "latents_l") if need_losers else ("latents_w",)
-        self.digest = dataset_digest(folder, about)
+        self.digest = dataset_digest(folder, manifest)
 
     @property
     def latent_size(self) -> tuple[int, int]:

@@ -31,10 +31,11 @@ from model.files import (
     write_tensors,
     write_text,
 )
-from pictures import open_picture, sheet, write_png
+from pictures import sheet, write_png
 from sampling import same_length
 
 from .folder import clear_unfinished, in_turn
+from .images import open_picture
 
 SHARD = 64                                     # rows a file
 SHEET_PAIRS = 12
@@ -112,7 +113,7 @@ def row_number(line: dict, where: Path) -> int:
 
 
 def make_row(
-    out: Path, number: int, prompt: str, make: Callable[[int], Made], about: Callable[[dict, str], dict | None],
+    out: Path, number: int, prompt: str, make: Callable[[int], Made], texts: Callable[[dict, str], dict | None],
     images: str = "pair",
 ) -> str | None:
     """Makes row `number`; its file comes last, after its pictures. `make` returns no tensors for a row that is no pair,
@@ -136,7 +137,7 @@ def make_row(
     shown = {"none": "wl" if number < SHEET_PAIRS else "", "pair": "wl", "pool": pictures}[images]
     for name, picture in pictures.items():
         if name in shown:
-            write_png(picture_path(out, line["id"], name), picture, about(line, name))
+            write_png(picture_path(out, line["id"], name), picture, texts(line, name))
     write_tensors(path, {name: tensor.half() for name, tensor in tensors.items()}, {"line": json.dumps(line)})
     note.unlink(missing_ok=True)
     return None
@@ -177,12 +178,12 @@ def join_rows(out: Path, shard: int, numbers: range) -> bool:
 
 def make_rows(
     out: Path, rows: int, pending: list[int], prompts: Callable[[int], str], make: Callable[[int], Made],
-    about: Callable[[dict, str], dict | None], images: str, progress: Callable,
+    texts: Callable[[dict, str], dict | None], images: str, progress: Callable,
 ) -> list[str]:
     """Makes the `pending` rows, and joins what shards they complete. -> what went wrong; a run of failures ends it."""
     problems, in_a_row = [], 0
     for number, after in progress(zip(pending, [*pending[1:], None]), len(pending), "prompts"):
-        problem = make_row(out, number, prompts(number), make, about, images)
+        problem = make_row(out, number, prompts(number), make, texts, images)
         in_a_row = in_a_row + 1 if problem else 0
         problems += [problem] if problem else []
         if in_a_row == IN_A_ROW:

@@ -3,5 +3,6 @@
 from .diffusion_dpo import diffusion_dpo_loss
 from .hg_dpo import hg_dpo_loss
 from .statistic_matching import lambda_for, statistic_matching_loss
+from .table import LOSSES
 
-__all__ = ["diffusion_dpo_loss", "hg_dpo_loss", "lambda_for", "statistic_matching_loss"]
+__all__ = ["LOSSES", "diffusion_dpo_loss", "hg_dpo_loss", "lambda_for", "statistic_matching_loss"]

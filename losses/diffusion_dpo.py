@@ -12,19 +12,24 @@ def squared_error(a: Tensor, b: Tensor) -> Tensor:
     return (a.to(dtype) - b.to(dtype)).pow(2).flatten(1).mean(1)
 
 
-def dpo_from_errors(mse: Tensor, mse_ref: Tensor, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss from errors (2B,), winners first: what `diffusion_dpo_loss` and the fused loss share."""
+def dpo_from_errors(mse: Tensor, mse_ref: Tensor, beta: float) -> Tensor:
+    """The loss, a scalar, from errors (2B,), winners first: what `diffusion_dpo_loss` and the fused loss share."""
     mse_w, mse_l = mse.chunk(2)
     mse_ref_w, mse_ref_l = mse_ref.chunk(2)
     logit = -beta * ((mse_w - mse_ref_w) - (mse_l - mse_ref_l))                  # (B,)
-    loss = -F.logsigmoid(logit).mean()
-    with torch.no_grad():
-        logs = {
-            "implicit_accuracy": ((logit > 0).float() + 0.5 * (logit == 0).float()).mean(),
-            # Apart, always: DPO also lowers the loss by making both worse, the loser faster.
-            "mse_w": mse_w.mean(), "mse_l": mse_l.mean(),
-            "mse_w_gain": (mse_ref_w - mse_w).mean(), "mse_l_gain": (mse_ref_l - mse_l).mean()}
-    return loss, logs
+    return -F.logsigmoid(logit).mean()
+
+
+@torch.no_grad()
+def pair_logs(mse: Tensor, mse_ref: Tensor) -> dict[str, Tensor]:
+    """What tells how a model does on pairs, whatever its loss, from errors (2B,), winners first."""
+    mse_w, mse_l = mse.chunk(2)
+    gain_w, gain_l = (mse_ref - mse).chunk(2)
+    preferred = gain_w - gain_l                                # (B,), above 0 where the model prefers the winner
+    return {
+        "implicit_accuracy": ((preferred > 0).float() + 0.5 * (preferred == 0).float()).mean(),
+        # Apart, always: DPO also lowers the loss by making both worse, the loser faster.
+        "mse_w": mse_w.mean(), "mse_l": mse_l.mean(), "mse_w_gain": gain_w.mean(), "mse_l_gain": gain_l.mean()}
 
 
 def diffusion_dpo_loss(
@@ -39,4 +44,6 @@ def diffusion_dpo_loss(
     elements, so that beta weighs an element less in a larger picture: 2.75 times less at 704x1024 than at 512x512.
     The paper prints x_t^w in the last reference term, where x_t^l is meant. Before the first step the loss is ln 2.
     """
-    return dpo_from_errors(squared_error(eps, noise), squared_error(eps_ref.detach(), noise), beta)
+    mse, mse_ref = squared_error(eps, noise), squared_error(eps_ref.detach(), noise)
+    loss = dpo_from_errors(mse, mse_ref, beta)
+    return loss, {"dpo": loss.detach(), **pair_logs(mse, mse_ref)}

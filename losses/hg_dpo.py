@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .diffusion_dpo import dpo_from_errors
+from .diffusion_dpo import dpo_from_errors, pair_logs
 from .statistic_matching import ddpm_mean_gain
 
 TRITON = find_spec("triton") is not None       # comes with torch's CUDA builds for Linux
@@ -57,8 +57,9 @@ def hg_dpo_loss(
     pixels = eps.shape[2] * eps.shape[3]
     squares, squares_ref, shift = PairSums.apply(eps, eps_ref, noise)            # (2B, C) each
     elements = pixels * eps.shape[1]
-    dpo, logs = dpo_from_errors(squares.sum(dim=1) / elements, squares_ref.sum(dim=1) / elements, beta)
+    mse, mse_ref = squares.sum(dim=1) / elements, squares_ref.sum(dim=1) / elements              # (2B,)
+    dpo = dpo_from_errors(mse, mse_ref, beta)
     mean_difference = shift.chunk(2)[0] / pixels                                 # (B, C), the winners'
     k = ddpm_mean_gain(timesteps, alphas_cumprod).to(shift.dtype)[:, None]
     stat = (k * mean_difference).pow(2).sum(dim=1).mean()
-    return dpo + lambda_stat * stat, {"dpo": dpo.detach(), "stat": stat.detach(), **logs}
+    return dpo + lambda_stat * stat, {"dpo": dpo.detach(), "stat": stat.detach(), **pair_logs(mse, mse_ref)}

@@ -1,4 +1,6 @@
-"""Which of a repository's files a model needs, and a local folder that has them: the user's own, or the Hub's copy."""
+"""Which of a repository's files a model needs, and a local folder that has them: the user's own, or the Hub's copy.
+A scorer may also be one file, in a folder or alone. Nothing here reads weights or needs torch.
+"""
 
 import re
 from collections.abc import Callable, Sequence
@@ -8,6 +10,7 @@ from .errors import UserError
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")             # ./name and ../name are paths
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+PICKLES = (".pt", ".pth")
 
 
 def weight_files(files: Sequence[str], folder: str, stem: str) -> list[str]:
@@ -84,3 +87,24 @@ def fetch(source: str, needed: Callable[[Sequence[str]], list[str]]) -> Path:
     except Exception as error:
         reason = f"the download broke off ({type(error).__name__}: {error}); run again to go on, {instead}"
     raise UserError(f"{source}: {' '.join(reason.split())}")
+
+
+def fetch_for(file: str, source: str, needed: Callable[[Sequence[str]], list[str]]) -> Path:
+    """`fetch`, whose refusal also names the file that is wanted."""
+    try:
+        return fetch(source, needed)
+    except UserError as error:
+        raise UserError(f"{error} (for {file})") from None
+
+
+def find_file(source: str, *names: str) -> Path:
+    """`source` itself, or what a folder or a Hub repository has first of `names`."""
+    if Path(source).is_file():
+        return Path(source)
+    if source.endswith((*PICKLES, ".safetensors", ".bin")):
+        raise UserError(f"{source}: no such file")
+    folder = fetch_for(names[0], source, lambda files: [next((n for n in names if n in files), names[0])])
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{source}: no {' or '.join(names)} here")

@@ -15,9 +15,10 @@ from .blip import BLIP
 from .checkpoint import load_weights
 from .errors import UserError
 from .files import was_read
+from .hub import find_file
+from .open_clip import read_weights
 from .preprocess import openai_preprocess, to_batch
 from .reward_head import RewardHead
-from .scorer_files import find_file, read_weights
 
 WEIGHTS, WORDS = "THUDM/ImageReward", "google-bert/bert-base-uncased"            # on the Hub
 MEAN, STD = 0.16717362830052426, 1.0333394966054072            # of the raw scores on the authors' test set
@@ -93,15 +94,15 @@ def load_image_reward(
     source: str, device: str | torch.device, dtype: torch.dtype,
     build: Callable[[], ImageRewardNetwork] = ImageRewardNetwork,
 ) -> ImageReward:
-    """`source` is the weight file, or a folder or Hub id that has it (default: the authors' repository, whose only form
-    is a pickle of plain tensors). BERT's words come from a vocab.txt or tokenizer.json beside it, else from the Hub."""
-    path = find_file(source or WEIGHTS, "ImageReward.pt", "model.safetensors")
+    """`source` is the weight file, or a folder or Hub id that has it (the authors' repository has a pickle of plain
+    tensors and no other form). BERT's words come from a vocab.txt or tokenizer.json beside it, else from the Hub."""
+    path = find_file(source, "ImageReward.pt", "model.safetensors")
     tensors = {name: tensor for name, tensor in read_weights(path).items() if not name.startswith(UNUSED)}
     network = load_weights(build, tensors, path, device, dtype)
     beside = [path.parent / name for name in ("vocab.txt", "tokenizer.json") if (path.parent / name).is_file()]
     words_file = beside[0] if beside else find_file(WORDS, "vocab.txt", "tokenizer.json")
     words = WordPiece(words_file)
-    known, wanted = words.core.get_vocab_size(), len(network.blip.text_encoder.embeddings.word_embeddings.weight)
-    if known != wanted:
-        raise UserError(f"{words_file}: {known} words with [DEC] and [ENC], and the network has {wanted}")
+    size, wanted = words.core.get_vocab_size(), len(network.blip.text_encoder.embeddings.word_embeddings.weight)
+    if size != wanted:
+        raise UserError(f"{words_file}: {size} words with [DEC] and [ENC], and the network has {wanted}")
     return ImageReward(network, words)

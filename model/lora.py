@@ -9,6 +9,7 @@ LyCORIS's own, ComfyUI's.
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,6 +177,18 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 # Files
+
+def split_lora(spec: str) -> tuple[str, float]:
+    """"FILE:WEIGHT" -> the file and the weight, 1 where there is none. UserError where it is not finite."""
+    path, _, weight = spec.rpartition(":")
+    try:
+        path, number = (path, float(weight)) if path else (spec, 1.0)
+    except ValueError:                     # a colon that belongs to the path
+        return spec, 1.0
+    if not math.isfinite(number):
+        raise UserError(f"{spec}: must have a weight that is a finite number")
+    return path, number
+
 
 def save_lora(
     path: str | Path, model: nn.Module, name: str = "default", format: str = "kohya",

@@ -1,6 +1,13 @@
-"""CLIPs under open_clip's (and OpenAI's) names, as HPS has them, to ours, which are transformers'."""
+"""Scorers as their authors publish them: pickles of plain tensors, and CLIPs under open_clip's (and OpenAI's) names, as
+HPS has them, to ours, which are transformers'.
+"""
+
+from pathlib import Path
 
 from torch import Tensor
+
+from .files import read_pickle, read_tensors
+from .hub import PICKLES
 
 BLOCK = {
     "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
@@ -19,6 +26,11 @@ OTHERS = {
     "ln_final.weight": "text_model.final_layer_norm.weight",
     "ln_final.bias": "text_model.final_layer_norm.bias",
     "text_projection": "text_projection.weight"}
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, a pickle too (see `read_pickle`)."""
+    return read_pickle(path) if path.suffix in PICKLES else read_tensors(path)
 
 
 def from_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ better. PickScore (arXiv 2305.01569) is the one that HG-DPO selects its pairs by
                             scores, (images, prompts) -> B numbers. FILE.py may import files that lie beside it
     0.5*pickscore+2*imagereward   a weighted sum of any of them
 
+The names are those of the table SCORERS below, where a new scorer is one line.
 `NAME:SOURCE` takes the weights from elsewhere: a file, a folder or a Hub id (clip:openai/clip-vit-base-patch32).
 Scores of one prompt's pictures compare; those of different prompts do so less, those of different scorers not at all.
 """
@@ -22,6 +23,8 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from modulefinder import ModuleFinder
 from pathlib import Path
 from types import ModuleType
@@ -30,22 +33,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .checkpoint import PAPER_PEOPLE, load_weights, read_part
+from .builtin import BUILT_IN
+from .checkpoint import load_weights, read_part
 from .clip import CLIP
 from .configs import clip_arguments
 from .errors import UserError
 from .files import digest_of, is_a, read_json, was_read
-from .hub import HUB_ID, weight_files
+from .hub import HUB_ID, fetch_for, find_file, weight_files
+from .image_reward import WEIGHTS as IMAGE_REWARD
 from .image_reward import load_image_reward
-from .open_clip import from_open_clip
+from .open_clip import from_open_clip, read_weights
 from .preprocess import clip_preprocess, letterbox, to_batch
 from .reward_head import RewardHead
-from .scorer_files import fetch_for, find_file, read_weights
 from .tokenizer import Tokenizer
 
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]
 
-SCORERS = {"pickscore": "yuvalkirstain/PickScore_v1", "paper-people": str(PAPER_PEOPLE / "scorer")}
+PICKSCORE = "yuvalkirstain/PickScore_v1"
 OPENAI_CLIP = "openai/clip-vit-large-patch14"
 AESTHETIC = "ttj/sac-logos-ava1-l14-linearMSE"                 # LAION's own file as safetensors, its head alone
 # The authors publish pickles only; their sizes in bytes tell the versions apart.
@@ -180,11 +184,19 @@ def clip_preprocessor(folder: Path, image_size: int) -> dict:
     return config
 
 
+def load_pickscore(source: str, device: str | torch.device, dtype: torch.dtype) -> PickScore:
+    return PickScore(*load_clip(source, device, dtype))
+
+
+def load_clip_score(source: str, device: str | torch.device, dtype: torch.dtype) -> CLIPScore:
+    return CLIPScore(*load_clip(source, device, dtype), source)
+
+
 def load_hps(
-    version: str, source: str, antialias: bool, device: str | torch.device, dtype: torch.dtype, arguments: dict = VIT_H,
+    version: str, antialias: bool, source: str, device: str | torch.device, dtype: torch.dtype, arguments: dict = VIT_H,
 ) -> HPS2:
-    """`source` is the weight file, or a folder or Hub id that has it (default: the authors' repository)."""
-    path = find_file(source or HPS_REPOSITORY, HPS[version][0], "model.safetensors")
+    """`source` is the weight file, or a folder or Hub id that has it."""
+    path = find_file(source, HPS[version][0], "model.safetensors")
     for other, (_, size) in HPS.items():
         if other != version and path.stat().st_size == size:
             raise UserError(
@@ -200,7 +212,7 @@ def load_aesthetic(
     source: str, device: str | torch.device, dtype: torch.dtype, clip_source: str = OPENAI_CLIP,
 ) -> Aesthetic:
     """`source` is the head: LAION's .pth, or a folder or Hub id that has it."""
-    path = find_file(source or AESTHETIC, "model.safetensors", "sac+logos+ava1-l14-linearMSE.pth")
+    path = find_file(source, "model.safetensors", "sac+logos+ava1-l14-linearMSE.pth")
     head = load_weights(RewardHead, read_weights(path), path, device, dtype)
     clip, _, preprocessor = load_clip(clip_source, device, dtype)
     del clip.text_model, clip.text_projection                  # half of its memory
@@ -274,6 +286,45 @@ def parse_sum(text: str) -> list[tuple[float, str]]:
     return terms
 
 
+@dataclass(frozen=True)
+class ScorerEntry:
+    """A scorer that has a name. `load(source, device, dtype)` makes it."""
+
+    load: Callable[[str, str | torch.device, torch.dtype], Scorer]
+    source: str                                # of its weights, unless NAME:SOURCE says another
+    image_tower: bool = False                  # it has `clip` and `preprocessor`, by which diversity is measured
+    reads_prompt: bool = True                  # False: it can score pictures that have no prompts
+
+
+SCORERS = {
+    "pickscore": ScorerEntry(load_pickscore, PICKSCORE, image_tower=True),
+    "paper-people": ScorerEntry(load_pickscore, str(BUILT_IN["paper-people"].checkpoint / "scorer"), image_tower=True),
+    "hpsv2": ScorerEntry(partial(load_hps, "hpsv2", False), HPS_REPOSITORY),
+    "hpsv2-antialias": ScorerEntry(partial(load_hps, "hpsv2", True), HPS_REPOSITORY),
+    "hpsv2.1": ScorerEntry(partial(load_hps, "hpsv2.1", False), HPS_REPOSITORY),
+    "hpsv2.1-antialias": ScorerEntry(partial(load_hps, "hpsv2.1", True), HPS_REPOSITORY),
+    "imagereward": ScorerEntry(load_image_reward, IMAGE_REWARD),
+    "aesthetic": ScorerEntry(load_aesthetic, AESTHETIC, image_tower=True, reads_prompt=False),
+    "clip": ScorerEntry(load_clip_score, OPENAI_CLIP, image_tower=True)}
+
+
+def entry_of(name: str) -> ScorerEntry | None:
+    """Of "NAME" or "NAME:SOURCE"; None where there is no such name: a sum, a folder, a Hub id, one's own."""
+    return SCORERS.get(name.partition(":")[0])
+
+
+def has_image_tower(name: str) -> bool:
+    """Whether diversity can be measured with the scorer: one of the table that says so, or a folder, a CLIP."""
+    entry = entry_of(name)
+    return entry.image_tower if entry else Path(name).is_dir()
+
+
+def reads_prompts(name: str) -> bool:
+    """Whether a score depends on the prompt."""
+    entry = entry_of(name)
+    return entry is None or entry.reads_prompt
+
+
 def load_scorer(
     name: str | Path = "pickscore", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Scorer:
@@ -289,18 +340,10 @@ def load_scorer(
     name = terms[0][1]
     if own := re.fullmatch(r"(.+\.py):(\w+)", name):
         return load_own(own[1], own[2], device)
-    kind, _, source = name.partition(":")
-    if kind.removesuffix("-antialias") in HPS:
-        return load_hps(kind.removesuffix("-antialias"), source, kind.endswith("-antialias"), device, dtype)
-    if kind == "imagereward":
-        return load_image_reward(source, device, dtype)
-    if kind == "aesthetic":
-        return load_aesthetic(source, device, dtype)
-    if kind == "clip":
-        return CLIPScore(*load_clip(source or OPENAI_CLIP, device, dtype), source or OPENAI_CLIP)
-    source = SCORERS.get(name, name)
-    if not Path(source).exists() and not HUB_ID.fullmatch(source):
-        names = ", ".join([*SCORERS, *HPS, "imagereward", "aesthetic", "clip"])
+    if entry := entry_of(name):
+        return entry.load(name.partition(":")[2] or entry.source, device, dtype)
+    if not Path(name).exists() and not HUB_ID.fullmatch(name):
         raise UserError(
-            f"{source}: no such file or folder, and no Hub id (owner/name), nor FILE.py:NAME, nor one of {names}")
-    return PickScore(*load_clip(source, device, dtype))
+            f"{name}: no such file or folder, and no Hub id (owner/name), nor FILE.py:NAME, nor one of "
+            f"{', '.join(SCORERS)}")
+    return load_pickscore(name, device, dtype)

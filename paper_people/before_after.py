@@ -9,10 +9,10 @@ import cli
 # isort: split
 from pathlib import Path
 
-from model.checkpoint import PAPER_PEOPLE
+from dataset.images import open_picture, read_listing
+from model.builtin import BUILT_IN
 from model.errors import UserError
-from pictures import open_picture, sheet, write_png
-from score import read_listing
+from pictures import sheet, write_png
 
 from .judge import judge_pictures, load_judge
 from .measure import flaw
@@ -23,12 +23,12 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="what evaluate.py wrote for `make results`")
     parser.add_argument("out", type=Path, help="the picture's file")
     args = parser.parse_args()
-    judge, images, flaws = load_judge(PAPER_PEOPLE / "judge"), {}, {}
+    judge, images, flaws = load_judge(BUILT_IN["paper-people"].checkpoint / "judge"), {}, {}
     folders = {side: args.results / "images" / side for side in ("baseline", "hg-dpo")}
     listings = [read_listing(folder / "images.jsonl") for folder in folders.values()]
     if listings[0] != listings[1]:
         raise UserError(f"{args.results}: the two sides list other pictures or prompts; draw both alike")
-    files, prompts = zip(*listings[0])
+    files, prompts = [row["file"] for row in listings[0]], [row["prompt"] for row in listings[0]]
     for side, folder in folders.items():
         images[side] = [open_picture(folder / file) for file in files]
         verdicts = judge_pictures(judge, images[side], prompts)

@@ -2,7 +2,7 @@
 
 import math
 
-from . import draw
+from . import world
 
 TEXT = """---
 license: apache-2.0
@@ -21,7 +21,7 @@ diffusers loads it as it stands, `StableDiffusionPipeline.from_pretrained("paper
 transformers `CLIPModel`, and `judge/` is read by `paper_people.judge.load_judge`.
 
 ## The world
-`draw.py` draws it. A caption names one of {people:,} people: {lists}.
+`world.py` draws it. A caption names one of {people:,} people: {lists}.
 
 {wrong_share} of the {pictures:,} training pictures are wrong on purpose. {anatomy_share} of these have an anatomy
 fault ({faults}); the others contradict their caption in one attribute.
@@ -92,20 +92,20 @@ def training(figures: dict) -> str:
 
 def model_card(figures: dict) -> str:
     vae, clip, unet, scorer, judge = (figures[name] for name in ("vae", "clip", "unet", "scorer", "judge"))
-    recipe, world, samples, pool, mb = (figures[name] for name in ("recipe", "world", "samples", "pool", "megabytes"))
+    recipe, drawn, samples, pool, mb = (figures[name] for name in ("recipe", "world", "samples", "pool", "megabytes"))
     found, preferred = judge["after_vae"], scorer["pairs_after_vae"]
     rows = []
-    for kind in (*draw.ANATOMY_FAULTS, *draw.CONTRADICTIONS):
+    for kind in (*world.ANATOMY_FAULTS, *world.CONTRADICTIONS):
         cells = ["" if s is None else percent(s) for s in (preferred.get(kind), found.get(f"found {kind}"))]
         rows.append("| " + " | ".join([kind.replace("_", " "), *cells]) + " |")
     return TEXT.format(
         megabytes=sum(mb.values()), mb=mb, hardware=recipe["hardware"], seed=recipe["seed"],
         hours=sum(part["seconds"] for part in (vae, clip, unet, scorer, judge)) / 3600,
-        people=math.prod(map(len, draw.ATTRIBUTES.values())), held_out=len(draw.held_out()),
-        lists=", ".join(f"{name} ({len(values)})" for name, values in draw.ATTRIBUTES.items()),
-        wrong_share=percent(world["wrong"]), anatomy_share=percent(world["anatomy"]), pictures=world["pictures"],
-        faults=", ".join(fault.replace("_", " ") for fault in draw.ANATOMY_FAULTS), red=draw.WRONG_CAST[0],
-        blue=draw.WRONG_CAST[2], tests=recipe["tests"], psnr=vae["psnr"], recall=percent(clip["recall"]),
+        people=math.prod(map(len, world.ATTRIBUTES.values())), held_out=len(world.held_out()),
+        lists=", ".join(f"{name} ({len(values)})" for name, values in world.ATTRIBUTES.items()),
+        wrong_share=percent(drawn["wrong"]), anatomy_share=percent(drawn["anatomy"]), pictures=drawn["pictures"],
+        faults=", ".join(fault.replace("_", " ") for fault in world.ANATOMY_FAULTS), red=world.WRONG_CAST[0],
+        blue=world.WRONG_CAST[2], tests=recipe["tests"], psnr=vae["psnr"], recall=percent(clip["recall"]),
         loss=unet["loss"], pairs=percent(scorer["pairs"]["overall"]), pairs_vae=percent(preferred["overall"]),
         found=percent(found["broken found"]), alarm=percent(found["false alarm"]), vae_training=training(vae),
         clip_training=training(clip), unet_training=training(unet), scorer_training=training(scorer),
@@ -118,4 +118,4 @@ def model_card(figures: dict) -> str:
         right_worst=percent(pool["right_worst"]), gain=100 * pool["gain"], gain_low=100 * pool["gain_ci95"][0],
         gain_high=100 * pool["gain_ci95"][1], win=percent(pool["win"]), win_low=percent(pool["win_ci95"][0]),
         win_high=percent(pool["win_ci95"][1]), correlation=pool["correlation"], kinds="\n".join(rows),
-        judge_attributes=listing({name: found[name] for name in draw.ATTRIBUTES}), words=len(draw.words()))
+        judge_attributes=listing({name: found[name] for name in world.ATTRIBUTES}), words=len(world.words()))

@@ -1,7 +1,7 @@
 """The drawn pictures that the miniature checkpoint is trained on, as arrays, drawn once by two processes and kept.
 
-A person is a row of six numbers here: the positions of its values in `draw.ATTRIBUTES`. A fault is one number: 0 for
-none, then `draw.ANATOMY_FAULTS` from 1 on, then `draw.CONTRADICTIONS`.
+A person is a row of six numbers here: the positions of its values in `world.ATTRIBUTES`. A fault is one number: 0 for
+none, then `world.ANATOMY_FAULTS` from 1 on, then `world.CONTRADICTIONS`.
 """
 
 import math
@@ -19,24 +19,24 @@ from cli import progress
 from model.files import atomic_write
 from model.vae import VAE
 
-from . import draw
+from . import world
 
-FAULTS = (None, *draw.ANATOMY_FAULTS, *draw.CONTRADICTIONS)
+FAULTS = (None, *world.ANATOMY_FAULTS, *world.CONTRADICTIONS)
 CHUNK = 250                                                                      # pictures of one random generator
 
 
-def row(person: draw.Person) -> list[int]:
-    return [values.index(value) for values, value in zip(draw.ATTRIBUTES.values(), astuple(person))]
+def row(person: world.Person) -> list[int]:
+    return [values.index(value) for values, value in zip(world.ATTRIBUTES.values(), astuple(person))]
 
 
-def person(numbers) -> draw.Person:
-    return draw.Person(*(values[int(i)] for values, i in zip(draw.ATTRIBUTES.values(), numbers)))
+def person(numbers) -> world.Person:
+    return world.Person(*(values[int(i)] for values, i in zip(world.ATTRIBUTES.values(), numbers)))
 
 
 def training_chunk(seed: str, count: int) -> dict[str, np.ndarray]:
-    """The U-Net's world: pictures with their captions' people, wrong in the share that `draw.WRONG_SHARE` states."""
+    """The U-Net's world: pictures with their captions' people, wrong in the share that `world.WRONG_SHARE` states."""
     rng = random.Random(seed)
-    examples = [draw.example(rng) for _ in range(count)]
+    examples = [world.example(rng) for _ in range(count)]
     return {
         "images": np.stack([np.asarray(e.image) for e in examples]),             # (n, 64, 64, 3)
         "people": np.array([row(e.described) for e in examples]),                # (n, 6) what the caption says
@@ -50,12 +50,12 @@ def triple_chunk(seed: str, count: int) -> dict[str, np.ndarray]:
     rng = random.Random(seed)
     images, people, others, faults, kinds = [], [], [], [], []
     for _ in range(count):
-        while (described := draw.random_person(rng)) in draw.held_out():
+        while (described := world.random_person(rng)) in world.held_out():
             pass
         seed = rng.getrandbits(32)
-        fault, kind = rng.choice(draw.ANATOMY_FAULTS), rng.choice(draw.CONTRADICTIONS)
-        other = draw.contradict(described, kind, rng)
-        pictures = draw.draw(described, seed), draw.draw(described, seed, fault), draw.draw(other, seed)
+        fault, kind = rng.choice(world.ANATOMY_FAULTS), rng.choice(world.CONTRADICTIONS)
+        other = world.contradict(described, kind, rng)
+        pictures = world.render(described, seed), world.render(described, seed, fault), world.render(other, seed)
         images.append(np.stack([np.asarray(picture) for picture in pictures]))
         people.append(row(described))
         others.append(row(other))

@@ -8,6 +8,7 @@ and never chooses anything; so it can tell whether what the scorer chose, or a m
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +18,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from model.builtin import BUILT_IN
 from model.checkpoint import load_weights
 from model.errors import UserError
 from model.files import read_json, read_tensors, write_tensors, write_text
 
-from . import data, draw
+from . import data, world
 
-HEADS = {**{name: len(values) for name, values in draw.ATTRIBUTES.items()}, "fault": 1 + len(draw.ANATOMY_FAULTS)}
+HEADS = {**{name: len(values) for name, values in world.ATTRIBUTES.items()}, "fault": 1 + len(world.ANATOMY_FAULTS)}
 
 
 class Judge(nn.Module):
@@ -51,8 +53,8 @@ class Verdict:
     clean: bool                        # no anatomy fault
     matches: bool                      # every attribute as the caption has it
     score: float                       # log p(no fault) + log p(the caption's attributes)
-    fault: str | None                  # the most probable one of draw.ANATOMY_FAULTS
-    shown: draw.Person                 # what the picture shows
+    fault: str | None                  # the most probable one of world.ANATOMY_FAULTS
+    shown: world.Person                 # what the picture shows
 
     @property
     def right(self) -> bool:
@@ -61,12 +63,12 @@ class Verdict:
 
 @torch.no_grad()
 def judge_pictures(judge: Judge, images: list[Image.Image], captions: list[str]) -> list[Verdict]:
-    """A verdict a picture; the captions must be of the form that `draw.caption` writes."""
+    """A verdict a picture; the captions must be of the form that `world.caption` writes."""
     try:
-        people = [draw.parse_caption(caption) for caption in captions]
+        people = [world.parse_caption(caption) for caption in captions]
     except ValueError as error:
         raise UserError(str(error)) from None
-    images = [image.convert("RGB").resize((draw.SIZE, draw.SIZE)) for image in images]
+    images = [image.convert("RGB").resize((world.SIZE, world.SIZE)) for image in images]
     verdicts = []
     for start in range(0, len(images), 64):
         x = data.to_tensor(np.stack([np.asarray(image) for image in images[start:start + 64]]))
@@ -78,6 +80,21 @@ def judge_pictures(judge: Judge, images: list[Image.Image], captions: list[str])
             shown = data.person(numbers)
             verdicts.append(Verdict(fault == 0, shown == person, score.item(), data.FAULTS[fault], shown))
     return verdicts
+
+
+def load_verdict(what: Callable[[Verdict], float]) -> Callable:
+    """What evaluate.py's judges are: given the device -> judge(images, captions) -> `what` of each verdict (B,)."""
+    def load(device: torch.device) -> Callable[[list[Image.Image], list[str]], Tensor]:
+        judge = load_judge(BUILT_IN["paper-people"].checkpoint / "judge")
+        return lambda images, captions: torch.tensor([
+            float(what(verdict)) for verdict in judge_pictures(judge, images, captions)])
+    return load
+
+
+load_score = load_verdict(lambda verdict: verdict.score)
+load_clean = load_verdict(lambda verdict: verdict.clean)
+load_matches = load_verdict(lambda verdict: verdict.matches)
+load_right = load_verdict(lambda verdict: verdict.right)
 
 
 def load_judge(folder: str | Path) -> Judge:
@@ -122,7 +139,7 @@ def check(judge: Judge, triples: dict[str, np.ndarray]) -> dict[str, float]:
     n, faults = len(triples["images"]), triples["faults"]
     people = np.concatenate([triples["people"], triples["people"], triples["others"]])           # (3N, 6)
     images = [Image.fromarray(image) for image in triples["images"].swapaxes(0, 1).reshape(-1, 64, 64, 3)]
-    verdicts = judge_pictures(judge, images, [draw.caption(data.person(numbers)) for numbers in people])
+    verdicts = judge_pictures(judge, images, [world.caption(data.person(numbers)) for numbers in people])
     broken = np.array([not verdict.clean for verdict in verdicts])
     shown = np.array([data.row(verdict.shown) for verdict in verdicts])
     found = broken[n:2 * n]
@@ -130,4 +147,4 @@ def check(judge: Judge, triples: dict[str, np.ndarray]) -> dict[str, float]:
         "broken found": float(found.mean()),
         "false alarm": float(np.concatenate([broken[:n], broken[2 * n:]]).mean()),
         **{f"found {data.FAULTS[k]}": float(found[faults == k].mean()) for k in np.unique(faults)},
-        **{name: float((shown == people)[:, i].mean()) for i, name in enumerate(draw.ATTRIBUTES)}}
+        **{name: float((shown == people)[:, i].mean()) for i, name in enumerate(world.ATTRIBUTES)}}

@@ -26,7 +26,7 @@ from model.scorers import load_scorer
 from model.vae import VAE
 from sampling import make_alphas_cumprod
 
-from . import configs, data, draw, preference
+from . import configs, data, preference, world
 from .card import model_card
 from .judge import Judge, load_judge, save_judge
 from .measure import Book, measure_pool, measure_samples, show_samples
@@ -78,7 +78,7 @@ def make(out: Path, recipe: Recipe, seed: int) -> None:
 
     training = data.drawn(out, "training", data.training_chunk, recipe.pictures, str(seed))
     wrong = training["faults"] > 0
-    anatomy = training["faults"][wrong] <= len(draw.ANATOMY_FAULTS)
+    anatomy = training["faults"][wrong] <= len(world.ANATOMY_FAULTS)
     run.book.write("world", pictures=len(wrong), wrong=float(wrong.mean()), anatomy=float(anatomy.mean()))
     tests = run.triples("tests", recipe.tests)
     vae = make_vae(run, training["images"], tests["images"][:, 0])

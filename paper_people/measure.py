@@ -8,15 +8,14 @@ import torch
 from PIL import Image
 
 import cli
-from generate import decode
-from generate import draw as draw_latents
 from model.checkpoint import Pipeline
 from model.files import write_text
 from model.scorers import PickScore
-from pictures import sheet, to_images, write_png
-from sampling import encode_prompts
+from pictures import sheet, write_png
+from sampling import Drawing, decode, encode_prompts, sample_latents
+from sampling.drawing import to_images
 
-from . import draw
+from . import world
 from .judge import Judge, Verdict, judge_pictures
 
 GUIDANCE, SAMPLER_STEPS = 5.0, 20
@@ -43,38 +42,37 @@ def draw_pictures(pipeline: Pipeline, prompts: list[str], seeds: list[int], labe
     """One picture a prompt and seed, at native size."""
     texts = list(dict.fromkeys(prompts))
     uncond, *contexts = encode_prompts(["", *texts], pipeline.tokenizer, pipeline.text_encoder)
-    height, width = pipeline.native_size
+    drawing = Drawing(steps=SAMPLER_STEPS, guidance=GUIDANCE).for_model(pipeline)
     images, starts = [], range(0, len(prompts), 40)
     for start in cli.progress(starts, len(starts), label):
         batch = slice(start, start + 40)
         context = torch.stack([contexts[texts.index(prompt)] for prompt in prompts[batch]])
         with torch.autocast("cpu", torch.bfloat16):
-            latents = draw_latents(
-                pipeline, context, uncond.expand_as(context), seeds[batch], height, width, SAMPLER_STEPS, GUIDANCE)
+            latents = sample_latents(pipeline, drawing, context, uncond.expand_as(context), seeds[batch])
             images += to_images(decode(pipeline, latents))
     return images
 
 
 def show_samples(path: Path, pipeline: Pipeline, count: int = 48) -> None:
     if not path.exists():
-        prompts = draw.PROMPT_FILES["test"].read_text().splitlines()[:count]
+        prompts = world.PROMPT_FILES["test"].read_text().splitlines()[:count]
         write_png(path, sheet(draw_pictures(pipeline, prompts, list(range(count)), "drawing"), prompts, 8, 128))
 
 
 def flaw(verdict: Verdict, prompt: str) -> str:
     """What is wrong, in two words; the first attribute that differs where there are several."""
-    described = draw.parse_caption(prompt)
-    wrong = [f"wrong {name}" for name in draw.ATTRIBUTES if getattr(verdict.shown, name) != getattr(described, name)]
+    described = world.parse_caption(prompt)
+    wrong = [f"wrong {name}" for name in world.ATTRIBUTES if getattr(verdict.shown, name) != getattr(described, name)]
     return "right" if verdict.right else (verdict.fault or wrong[0]).replace("_", " ")
 
 
 def measure_samples(count: int, out: Path, book: Book, pipeline: Pipeline, judge: Judge) -> None:
     """`count` pictures of the test prompts, counted by the judge."""
-    prompts = draw.PROMPT_FILES["test"].read_text().splitlines()
+    prompts = world.PROMPT_FILES["test"].read_text().splitlines()
     prompts = [prompts[i % len(prompts)] for i in range(count)]
     images = draw_pictures(pipeline, prompts, list(range(count)), "drawing samples")
     verdicts = judge_pictures(judge, images, prompts)
-    described = [draw.parse_caption(prompt) for prompt in prompts]
+    described = [world.parse_caption(prompt) for prompt in prompts]
     order = sorted(range(count), key=lambda i: not verdicts[i].right)[:24]
     order += sorted(range(count), key=lambda i: verdicts[i].right)[:24]
     texts = [flaw(verdicts[i], prompts[i]) for i in order]
@@ -87,7 +85,7 @@ def measure_samples(count: int, out: Path, book: Book, pipeline: Pipeline, judge
         matches=float(np.mean([verdict.matches for verdict in verdicts])), right=float(is_right.mean()),
         attributes={
             name: float(np.mean([getattr(v.shown, name) == getattr(d, name) for v, d in zip(verdicts, described)]))
-            for name in draw.ATTRIBUTES},
+            for name in world.ATTRIBUTES},
         rgb_of_right=rgb[is_right].mean(0).tolist() if is_right.any() else None,
         rgb_of_wrong=rgb[~is_right].mean(0).tolist() if not is_right.all() else None)
 
@@ -102,7 +100,7 @@ def measure_pool(
     prompts: int, size: int, out: Path, book: Book, pipeline: Pipeline, judge: Judge, scorer: PickScore,
 ) -> None:
     """The best of a pool by the scorer against a random one of it, under the judge."""
-    lines = draw.PROMPT_FILES["test"].read_text().splitlines()[:prompts]
+    lines = world.PROMPT_FILES["test"].read_text().splitlines()[:prompts]
     repeated = [prompt for prompt in lines for _ in range(size)]
     images = draw_pictures(pipeline, repeated, [10**6 + i for i in range(len(repeated))], "drawing the pool")
     scores = scorer(images, repeated).reshape(prompts, size).numpy()

@@ -19,34 +19,34 @@ import torch
 from dataset.folder import begin, locked, noted
 from dataset.reader import read_manifest, read_shard
 from dataset.rows import SHEET_PAIRS, Made, make_rows, pending_rows, summarise
-from generate import to_picture
-from model.checkpoint import PAPER_PEOPLE, load_pipeline
+from model.builtin import PAPER_PEOPLE
+from model.checkpoint import load_pipeline
 from model.errors import UserError
 from model.files import digest_all, files_read, read_lines, read_tensors, write_tensors, write_text
-from sampling import encode_prompts
+from sampling import encode_prompts, to_picture
 
-PAIRS = PAPER_PEOPLE.parent / "pairs"
+PAIRS = PAPER_PEOPLE / "pairs"
 
 
 def pack(data: Path) -> None:
-    about = read_manifest(data)
-    if about["model"] != "paper-people":
+    manifest = read_manifest(data)
+    if manifest["model"] != "paper-people":
         raise UserError(f"{data}: a dataset of paper people is needed")
-    shards = [read_shard(data, about, name) for name in about["shards"]]
+    shards = [read_shard(data, manifest, name) for name in manifest["shards"]]
     latents = {key: torch.cat([shard[key] for shard, _ in shards]) for key in ("latents_w", "latents_l")}
     write_tensors(PAIRS / "latents.safetensors", latents)
     write_text(PAIRS / "pairs-00000.jsonl", "".join(json.dumps(line) + "\n" for _, lines in shards for line in lines))
-    write_text(PAIRS / "dataset.json", json.dumps({**about, "files": {}}, indent=2) + "\n")
+    write_text(PAIRS / "dataset.json", json.dumps({**manifest, "files": {}}, indent=2) + "\n")
     print(f"{PAIRS}: {len(latents['latents_w'])} pairs")
 
 
 def unpack(out: Path) -> None:
-    about = read_manifest(PAIRS)
+    manifest = read_manifest(PAIRS)
     with files_read() as files:
         pipeline = load_pipeline("paper-people")
         latents = read_tensors(PAIRS / "latents.safetensors")
         lines = read_lines(PAIRS / "pairs-00000.jsonl", prompt=str)
-    if about["scaling_factor"] != pipeline.vae.scaling_factor:
+    if manifest["scaling_factor"] != pipeline.vae.scaling_factor:
         raise UserError(f"{PAIRS}: made with another checkpoint; make them again, then --pack")
 
     @torch.no_grad()
@@ -61,15 +61,15 @@ def unpack(out: Path) -> None:
         pictures = {side: picture(side) for side in ("wl" if k < SHEET_PAIRS else "")}
         return {key: value for key, value in lines[k].items() if key != "id"}, {**tensors, "context": context}, pictures
 
-    rows, options, inputs = len(lines), about["options"], {"model": digest_all(files)}
-    facts = {key: about[key] for key in ("model", "context_width", "scaling_factor", "latent")}
+    rows, options, inputs = len(lines), manifest["options"], {"model": digest_all(files)}
+    model = {key: manifest[key] for key in ("model", "context_width", "scaling_factor", "latent")}
     with locked(out):
         before = begin(out / "dataset.json", options, inputs)
         missing, _ = pending_rows(out, rows)
         if not before or missing:
             noted(out / "dataset.json", options, inputs, finished=False, rows=rows)
         make_rows(out, rows, missing, lambda k: lines[k]["prompt"], row, lambda line, name: None, "pair", cli.progress)
-        noted(out / "dataset.json", options, inputs, finished=True, rows=rows, **facts, **summarise(out, rows))
+        noted(out / "dataset.json", options, inputs, finished=True, rows=rows, **model, **summarise(out, rows))
 
 
 def main() -> None:

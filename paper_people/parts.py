@@ -22,7 +22,7 @@ from model.vae import VAE
 from pictures import sheet, write_png
 from sampling import add_noise, make_alphas_cumprod
 
-from . import configs, data, draw, preference
+from . import configs, data, preference, world
 from .fit import fit, plain_attention
 from .judge import Judge, check, judge_pictures
 from .judge import make_loss as judge_loss
@@ -171,7 +171,7 @@ def make_clip(
         tests = {key: value[:256] for key, value in tests.items()}
         pictures, captions = preference.embed(rounded, tokenizer, tests)
         nearest = (pictures[:, 0] @ captions.T).argmax(dim=1).tolist()
-        found = [draw.caption(data.person(tests["people"][i])) for i in nearest[:24]]
+        found = [world.caption(data.person(tests["people"][i])) for i in nearest[:24]]
         write_png(run.out / "2_clip.png", sheet(as_images(tests["images"][:24, 0]), found, 8, 128))
         run.book.write(
             "clip", seconds=seconds, steps=run.recipe.clip_steps,
@@ -221,7 +221,7 @@ def make_judge(
     round_half(judge)
     if "judge" not in run.book:
         images = as_images(tests_vae["images"][:8])
-        captions = [draw.caption(data.person(numbers)) for numbers in tests_vae["people"][:8] for _ in range(3)]
+        captions = [world.caption(data.person(numbers)) for numbers in tests_vae["people"][:8] for _ in range(3)]
         verdicts = judge_pictures(judge, images, captions)
         texts = [f"{v.fault or 'whole'}, {'as' if v.matches else 'not as'} the caption says" for v in verdicts]
         write_png(run.out / "5_judge.png", sheet(images, texts, 6, 128))
@@ -240,7 +240,7 @@ def unet_loss(
     The plain loss comes mostly from the last traces of noise, where only edges are left to decide. With `pose`, high
     noise is drawn more often, and low noise weighs less (min-SNR weights, arXiv 2303.09556, with gamma 5).
     """
-    ids = tokenizer.encode([draw.caption(data.person(numbers)) for numbers in people])           # (N, 77)
+    ids = tokenizer.encode([world.caption(data.person(numbers)) for numbers in people])           # (N, 77)
     empty = tokenizer.encode([""])
     alphas_cumprod = make_alphas_cumprod(configs.SCHEDULER)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from model.clip import CLIP
 from model.tokenizer import Tokenizer
 
-from . import data, draw
+from . import data, world
 
 TOKENS = 32                        # captions are shorter; what comes after their end cannot change it
 WORD_SCALE = 16                    # a token's state comes to lie at a cosine of about 0.8 to its word and place
@@ -21,7 +21,7 @@ WORD_SCALE = 16                    # a token's state comes to lie at a cosine of
 def make_tokenizer() -> Tokenizer:
     """CLIP's tokenizer with the few merges that make every word of the captions one token."""
     merges: list[tuple[str, str]] = []
-    for word in draw.words():
+    for word in world.words():
         # Merged with what the words before have brought; then the pieces are joined from the left. New merges come
         # last, so the words before are cut as they were.
         pieces = Tokenizer.from_merges(merges).core.encode(word, add_special_tokens=False).tokens
@@ -48,8 +48,8 @@ class Student(nn.Module):
     def __init__(self, clip: CLIP, width: int):
         super().__init__()
         self.clip = clip
-        self.attributes = nn.ModuleList([nn.Linear(width, len(values)) for values in draw.ATTRIBUTES.values()])
-        self.anatomy = nn.Linear(width, 1 + len(draw.ANATOMY_FAULTS))
+        self.attributes = nn.ModuleList([nn.Linear(width, len(values)) for values in world.ATTRIBUTES.values()])
+        self.anatomy = nn.Linear(width, 1 + len(world.ANATOMY_FAULTS))
 
     def see(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, 64, 64) -> features (B, D) and unit vectors (B, P)."""
@@ -72,7 +72,7 @@ class Student(nn.Module):
 
 def caption_ids(tokenizer: Tokenizer, people: np.ndarray) -> Tensor:
     """people (N, 6) -> token ids (N, TOKENS)."""
-    return tokenizer.encode([draw.caption(data.person(numbers)) for numbers in people])[:, :TOKENS]
+    return tokenizer.encode([world.caption(data.person(numbers)) for numbers in people])[:, :TOKENS]
 
 
 def make_loss(student: Student, tokenizer: Tokenizer, triples: dict[str, np.ndarray], batch: int, preference: bool):

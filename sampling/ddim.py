@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .schedule import T, at, x0_from_eps
+from .schedule import T, at, timesteps, x0_from_eps
 
 
 def ddim_step(
@@ -35,14 +35,16 @@ def sample_ddim(
     eps_fn: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     alphas_cumprod: Tensor,
-    timesteps: list[int],
-    set_alpha_to_one: bool = False,
+    steps: int,
+    scheduler: dict,
     after_step: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """x (B, C, H, W), pure noise -> x0, at eta 0. eps_fn(x, t (B,)) -> eps; after_step as in `sample_ddpm`."""
-    stride = T // len(timesteps)         # diffusers goes back by the stride, not to the list's next entry; so do we
-    for t in timesteps:
+    """x (B, C, H, W), pure noise -> x0, at eta 0; arguments as in `sample_dpm_solver`."""
+    ts = timesteps(steps, scheduler)
+    to_one = scheduler.get("set_alpha_to_one", True)
+    stride = T // len(ts)                # diffusers goes back by the stride, not to the list's next entry; so do we
+    for t in ts:
         eps = eps_fn(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
-        x = ddim_step(eps, x, t, t - stride, alphas_cumprod, set_alpha_to_one=set_alpha_to_one)
+        x = ddim_step(eps, x, t, t - stride, alphas_cumprod, set_alpha_to_one=to_one)
         x = after_step(x) if after_step else x
     return x

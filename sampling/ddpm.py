@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .schedule import at, x0_from_eps
+from .schedule import at, timesteps, x0_from_eps
 
 
 def ddpm_step(
@@ -31,13 +31,15 @@ def sample_ddpm(
     eps_fn: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     alphas_cumprod: Tensor,
-    timesteps: list[int],
+    steps: int,
+    scheduler: dict,
     generators: list[torch.Generator],
     after_step: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """x (B, C, H, W), pure noise -> x0. eps_fn(x, t (B,)) -> eps; one CPU generator a picture, so that a picture does
-    not depend on its batch; after_step may change x after every step (LAN, a progress bar)."""
-    for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
+    """x (B, C, H, W), pure noise -> x0; arguments as in `sample_dpm_solver`, and a CPU generator a picture, so that a
+    picture does not depend on its batch."""
+    ts = timesteps(steps, scheduler)
+    for t, t_prev in zip(ts, [*ts[1:], -1], strict=True):
         eps = eps_fn(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
         noise = torch.cat([torch.randn((1, *x.shape[1:]), generator=g) for g in generators]).to(x)
         x = ddpm_step(eps, x, t, t_prev, alphas_cumprod, noise)

@@ -67,7 +67,7 @@ def sample_dpm_solver(
     after_step: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """x (B, C, H, W), pure noise -> x0 in `steps` steps. eps_fn(x, t (B,)) -> eps; `scheduler` is the checkpoint's
-    scheduler_config.json; after_step as in `sample_ddpm`."""
+    scheduler_config.json; after_step may change x after every step (LAN)."""
     ts, sigmas = dpm_solver_schedule(steps, alphas_cumprod, scheduler)
     euler_at_end = (
         scheduler.get("final_sigmas_type", "zero") == "zero" or scheduler.get("euler_at_final", False)

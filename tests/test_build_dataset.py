@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import build_dataset
 import generate
-from build_dataset import select
 from dataset import rows
 from dataset.folder import locked
+from dataset.pool import select
 from dataset.reader import Pairs
 from model.checkpoint import load_pipeline
 from model.errors import UserError
@@ -82,8 +82,8 @@ def test_best_and_worst_of_the_pool_are_the_pair(whole, tiny, tiny_scorer, optio
 
 def test_ranks():
     """Rank 1 is the best; equal scores keep their order; a score that is missing takes no part."""
-    assert select([0.1, 0.9, 0.5, 0.9], 1, 0) == (1, 0) and select([0.1, 0.9, 0.5, 0.9], 2, 1) == (3, 2)
-    assert select([None, 0.2, 0.3, None], 1, 0) == (2, 1)
+    assert select([0.1, 0.9, 0.5, 0.9], 1, 4) == (1, 0) and select([0.1, 0.9, 0.5, 0.9], 2, 3) == (3, 2)
+    assert select([None, 0.2, 0.3, None], 1, 4) == (2, 1)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -1,7 +1,6 @@
 """What all programs share: how they end, whatever happens, and which values an option takes."""
 
 import argparse
-import math
 import os
 import signal
 import subprocess
@@ -21,23 +20,16 @@ PROGRAMS = ("build_dataset.py", "train.py", "generate.py", "evaluate.py", "score
 @pytest.mark.parametrize("kind, taken, refused", [
     (cli.whole(1, 10), {"1": 1, "10": 10, " 7 ": 7}, ["0", "11", "1.0", "", "x", "1e1", "nan", "9" * 40, "\u0661"]),
     (cli.real(0), {"0": 0.0, "1e3": 1000.0}, ["-1", "nan", "inf", "-inf", "", "1,5"]),
-    (cli.real(above=0, most=2), {"2": 2.0}, ["0", "2.1"]),
+    (cli.real(above=0, most=2), {"2": 2.0}, ["0", "2.1", "auto"]), (cli.real(0, auto=True), {"auto": "auto"}, ["-1"]),
     (cli.pixels, {"8": 8, "704": 704}, ["0", "-8", "12", "8.0"]),
     (cli.device_name, {"cuda:1": "cuda:1", "auto": "auto"}, ["meta", "abacus", "cuda:", "cuda:x", ""]),
-    (cli.shard_name, {"0/1": "0/1", "3/4": "3/4"}, ["", "1/1", "a", "1/0", "-1/2", "0/2/3"]),
-    (cli.lora_spec, {"a:0.5": "a:0.5", "a": "a", "c:/a": "c:/a"}, ["a:nan", "a:inf", "a:1e999"])], ids=str)
+    (cli.shard_name, {"0/1": "0/1", "3/4": "3/4"}, ["", "1/1", "a", "1/0", "-1/2", "0/2/3"])], ids=str)
 def test_kinds_of_values(kind, taken, refused):
     for text, value in taken.items():
         assert kind(text) == value
     for text in refused:
         with pytest.raises(argparse.ArgumentTypeError, match="must "):
             kind(text)
-
-
-def test_a_lora_and_its_weight():
-    assert cli.split_lora("a/b.safetensors:0.5") == ("a/b.safetensors", 0.5)
-    assert cli.split_lora("c:b.safetensors") == ("c:b.safetensors", 1.0)
-    assert cli.split_lora(":1") == (":1", 1.0) and math.isnan(cli.split_lora("a:nan")[1])
 
 
 @pytest.mark.parametrize("environment, words", [

@@ -26,10 +26,10 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 import cli
 import evaluate
 import generate
-import report
-import sides
 from dataset.folder import locked
-from judgement import colour_shift, colours, spread, wilson, win_rate
+from evaluation import report
+from evaluation import sides as side_room
+from evaluation.statistics import colour_shift, colours, spread, wilson, win_rate
 from model.checkpoint import load_pipeline
 from model.lora import inject_lora, lora_layers, save_lora
 from model.scorers import load_scorer
@@ -236,10 +236,10 @@ def test_several_candidates_share_a_baseline_and_more_may_come(run, loras, red, 
     before = contents(out)
     drawn = []
     draw_side = evaluate.draw_side
-    draw_pictures = sides.draw_pictures
-    monkeypatch.setattr(evaluate, "draw_side", lambda args, side, *more: drawn.append(side.name) or draw_side(
-        args, side, *more))
-    monkeypatch.setattr(sides, "draw_pictures", lambda *args: drawn.append("drawn") or draw_pictures(*args))
+    draw_pictures = side_room.draw_pictures
+    monkeypatch.setattr(evaluate, "draw_side", lambda side, *more: drawn.append(side.name) or draw_side(
+        side, *more))
+    monkeypatch.setattr(side_room, "draw_pictures", lambda *args: drawn.append("drawn") or draw_pictures(*args))
     out, stdout, _ = run("--compare", f"a={a}:0.5,both={a}:0.5+{b},lan={a}:0.5+lan", *options)
     found = read(out / "report.json")
     assert drawn == ["baseline", "a", "both", "drawn", "lan", "drawn"]
@@ -344,7 +344,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(run, loras, clip, red, 
 
     drawn = []
     for module, name, number in (
-            (sides, "write_png", 4), (sides, "write_png", 5), (evaluate, "open_picture", 9),
+            (side_room, "write_png", 4), (side_room, "write_png", 5), (evaluate, "open_picture", 9),
             (evaluate, "open_picture", 8), (evaluate, "page", 1)):
         undo = die_at(module, name, number)
         with pytest.raises(Killed):
@@ -495,7 +495,7 @@ def test_implicit_reward_is_the_difference_of_diffusers_errors(run, tiny, loras,
     context = encode_prompts([PROMPTS[0]], ours.tokenizer, ours.text_encoder).expand(10, -1, -1)
     unet, vae = UNet2DConditionModel.from_pretrained(tiny / "unet"), AutoencoderKL.from_pretrained(tiny / "vae")
     tuned = UNet2DConditionModel.from_pretrained(tiny / "unet")
-    generate.load_loras(ours, [f"{lora}:0.5"])
+    ours.add_loras([f"{lora}:0.5"])
     for path, layer in lora_layers(ours.unet).items():
         A, B = layer.lora_A["lora0"], layer.lora_B["lora0"]
         tuned.get_submodule(path).weight += 0.5 * (B @ A)                         # alpha is the rank

@@ -5,10 +5,18 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import nn
 
-from generate import draw, initial_noise
 from model.checkpoint import load_pipeline
 from model.lora import inject_lora, load_lora, lora_layers, save_lora
-from sampling import encode_prompts, make_alphas_cumprod, sample_ddim, sample_dpm_solver, sample_lan, timesteps
+from sampling import (
+    Drawing,
+    encode_prompts,
+    make_alphas_cumprod,
+    sample_ddim,
+    sample_dpm_solver,
+    sample_lan,
+    sample_latents,
+)
+from sampling.drawing import initial_noise
 from sampling.lan import match_statistics
 
 ALPHAS = make_alphas_cumprod({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
@@ -57,9 +65,10 @@ def test_lan_is_two_models_in_lock_step(tiny, lora):
                 one, ref = x[b, c], x_base[b, c]
                 x[b, c] = (one - one.mean()) / one.std() * ref.std() + ref.mean()
 
-    ours = draw(tuned, cond, uncond, SEEDS, 32, 32, STEPS, GUIDANCE, lan=True)
-    bare = draw(base, cond, uncond, SEEDS, 32, 32, STEPS, GUIDANCE)
-    plain = draw(tuned, cond, uncond, SEEDS, 32, 32, STEPS, GUIDANCE)
+    drawing = Drawing(STEPS, GUIDANCE, 32, 32)
+    ours = sample_latents(tuned, drawing, cond, uncond, SEEDS, lan=True)
+    bare = sample_latents(base, drawing, cond, uncond, SEEDS)
+    plain = sample_latents(tuned, drawing, cond, uncond, SEEDS)
     assert relative(ours, x) < 2e-5
     assert relative(bare, x_base) < 2e-5                                         # the base goes its own way
     assert relative(ours, plain) > 0.01 and relative(ours, bare) > 0.01          # and LAN is neither
@@ -68,10 +77,10 @@ def test_lan_is_two_models_in_lock_step(tiny, lora):
 
 
 def samplers():
-    scheduler = {"timestep_spacing": "leading", "steps_offset": 1}
+    scheduler = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
     return {
         "dpm++": lambda eps_fn, x, after: sample_dpm_solver(eps_fn, x, ALPHAS, 10, scheduler, after),
-        "ddim": lambda eps_fn, x, after: sample_ddim(eps_fn, x, ALPHAS, timesteps(10, scheduler), False, after)}
+        "ddim": lambda eps_fn, x, after: sample_ddim(eps_fn, x, ALPHAS, 10, scheduler, after)}
 
 
 def made_up(weight, bias):

@@ -25,7 +25,7 @@ from model.image_reward import ImageRewardNetwork, WordPiece, load_image_reward
 from model.open_clip import from_open_clip
 from model.preprocess import MEAN, STD, clip_preprocess, letterbox, openai_preprocess
 from model.reward_head import RewardHead
-from model.scorers import VIT_H, load_aesthetic, load_hps, load_scorer, parse_sum
+from model.scorers import SCORERS, VIT_H, ScorerEntry, has_image_tower, load_aesthetic, load_hps, load_scorer, parse_sum
 from model.tokenizer import Tokenizer
 
 PROMPTS = ["a cat with two horns", "a woman waving on a beach", "a cat with two horns"]
@@ -131,7 +131,7 @@ def test_hps_is_the_cosine_of_the_open_clip_model(clip_oracle, tmp_path, form, d
         torch.save(state, path)
     else:
         save_file(state, path)
-    scorer = load_hps("hpsv2", str(tmp_path), False, "cpu", dtype, ARGUMENTS)
+    scorer = load_hps("hpsv2", False, str(tmp_path), "cpu", dtype, ARGUMENTS)
     got = scorer(IMAGES, PROMPTS)
     pixels = torch.stack([letterbox(image, 28) for image in IMAGES]).to(torch.float64)
     wanted = oracle_cosines(clip_oracle, pixels, PROMPTS)
@@ -171,11 +171,19 @@ def test_vit_h_has_open_clips_keys():
     assert 0 < 1_972_484_501 - size < 600 * len(theirs)
 
 
-def test_names_choose_hps_version_source_and_antialias(monkeypatch):
-    monkeypatch.setattr("model.scorers.load_hps", lambda *args: args)
-    assert load_scorer("hpsv2") == ("hpsv2", "", False, "cpu", torch.float32)
-    assert load_scorer("hpsv2.1-antialias:owner/name", "cuda") == (
-        "hpsv2.1", "owner/name", True, "cuda", torch.float32)
+def test_names_choose_hps_version_source_and_antialias(monkeypatch, tmp_path):
+    asked, file = [], tmp_path / "x.safetensors"
+    save_file({}, file)
+    monkeypatch.setattr("model.scorers.find_file", lambda source, name, *_: asked.append((source, name)) or file)
+    monkeypatch.setattr("model.scorers.load_weights", lambda build, tensors, where, *there: there)
+    for name, source, wanted, antialias in (
+            ("hpsv2", "xswu/HPSv2", "HPS_v2_compressed.pt", False),
+            ("hpsv2-antialias", "xswu/HPSv2", "HPS_v2_compressed.pt", True),
+            ("hpsv2.1:my.pt", "my.pt", "HPS_v2.1_compressed.pt", False),
+            ("hpsv2.1-antialias:owner/name", "owner/name", "HPS_v2.1_compressed.pt", True)):
+        scorer = load_scorer(name, "cuda", torch.float16)
+        assert asked.pop() == (source, wanted) and scorer.antialias == antialias
+        assert scorer.clip == ("cuda", torch.float16) and scorer.image_size == 224
 
 
 def test_hps_refuses_the_other_version_and_other_networks(tmp_path, clip_oracle):
@@ -189,7 +197,7 @@ def test_hps_refuses_the_other_version_and_other_networks(tmp_path, clip_oracle)
     save_file(to_open_clip(clip_oracle.state_dict()) | {"score_predictor.0.weight": torch.zeros(1)}, tmp_path / "x.pt")
     (tmp_path / "x.pt").rename(tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="unexpected: 1 .score_predictor.0.weight."):
-        load_hps("hpsv2", str(tmp_path / "x.safetensors"), False, "cpu", torch.float32, ARGUMENTS)
+        load_hps("hpsv2", False, str(tmp_path / "x.safetensors"), "cpu", torch.float32, ARGUMENTS)
 
 
 # Preprocessing
@@ -581,6 +589,31 @@ def test_ones_own_scorer_and_a_weighted_sum(own, clip_folder):
         load_scorer(f"{plain}:Wrong")(images, prompts)
 
 
+def test_a_new_scorer_is_a_line(monkeypatch, run, folder):
+    """In load_scorer, in a sum, in the list of names, and in score.py, which asks it for no prompts."""
+    asked = []
+
+    def load(source, device, dtype):
+        asked.append((source, str(device), dtype))
+        return lambda images, prompts: torch.tensor([len(source) + image.width for image in images]).float()
+
+    name = "no such scorer"
+    with pytest.raises(UserError) as before:
+        load_scorer(name)
+    monkeypatch.setitem(SCORERS, "width", ScorerEntry(load, "own/er", image_tower=True, reads_prompt=False))
+    with pytest.raises(UserError) as after:
+        load_scorer(name)
+    assert str(after.value) == f"{before.value}, width"
+    assert load_scorer("width", "cpu", torch.float64)(IMAGES, PROMPTS).tolist() == [76, 39, 34]
+    assert load_scorer("2*width+-1*width:x")(IMAGES, PROMPTS).tolist() == [81, 44, 39]
+    assert asked == [("own/er", "cpu", torch.float64), ("own/er", "cpu", torch.float32), ("x", "cpu", torch.float32)]
+    assert has_image_tower("width") and has_image_tower("width:x")
+    (folder / "images.jsonl").unlink()
+    rows, stdout, _ = run("--scorers", "width,width:x")
+    assert [row["scores"] for row in rows] == [{"width": 46 + n, "width:x": 41 + n} for n in range(6)]
+    assert "width:x: mean 43.5000 of 6 pictures" in stdout
+
+
 @pytest.mark.parametrize("name, words", [
     ("pickscore", "yuvalkirstain/PickScore_v1.*model.safetensors"), ("hpsv2", "xswu/HPSv2.*HPS_v2_compressed.pt"),
     ("hpsv2.1-antialias", "xswu/HPSv2.*HPS_v2.1_compressed.pt"), ("imagereward", "THUDM/ImageReward.*ImageReward.pt"),
@@ -701,7 +734,7 @@ def test_score_program_refuses_a_bad_listing(run, folder):
         rows, _, stderr = run(code=2)
         assert not rows and len(stderr.splitlines()) == 1 and words in stderr
     (folder / "images.jsonl").write_bytes(b"\xef\xbb\xbf" + good.replace(b"x", b"half \\ud83d"))
-    assert score.read_pairs(folder, None) == [("00000.png", "half ?")]
+    assert score.list_pictures(folder, None) == [{"file": "00000.png", "prompt": "half ?"}]
 
 
 def test_score_program_refuses_bad_options(run, tmp_path):
@@ -742,6 +775,7 @@ def test_score_program_holds_one_scorer_and_takes_each_once(run, tmp_path):
 
 def test_score_program_needs_no_prompts_for_aesthetic_alone(folder):
     (folder / "images.jsonl").unlink()
-    assert score.read_pairs(folder, None, promptless=True) == [(f"{n:05d}.png", "") for n in range(6)]
+    listed = score.list_pictures(folder, None, promptless=True)
+    assert listed == [{"file": f"{n:05d}.png", "prompt": ""} for n in range(6)]
     with pytest.raises(UserError, match="no images.jsonl here"):
-        score.read_pairs(folder, None)
+        score.list_pictures(folder, None)

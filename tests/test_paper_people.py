@@ -15,18 +15,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from generate import decode, draw
-from judges import load_judge
-from model.checkpoint import PAPER_PEOPLE, load_pipeline
+from evaluation.judges import load_judge
+from model.builtin import BUILT_IN
+from model.checkpoint import load_pipeline
 from model.errors import UserError
 from model.files import read_json, read_lines
 from model.scorers import load_scorer
-from paper_people import data, judge, pairs, preference
-from paper_people import draw as world
-from pictures import to_images
-from sampling import encode_prompts
+from paper_people import data, judge, pairs, preference, world
+from sampling import Drawing, decode, encode_prompts, sample_latents
+from sampling.drawing import to_images
 
 ROOT = Path(__file__).parent.parent
+CHECKPOINT = BUILT_IN["paper-people"].checkpoint
 PROMPT = "a woman with red hair, blue shirt and white trousers, waving on a beach"
 MAKE = [sys.executable, "-m", "paper_people.make", "--quick", "--out"]
 
@@ -107,7 +107,7 @@ def test_every_word_is_one_token():
     assert all(len(tokenizer.token_ids(word)) == 1 for word in world.words())
     captions = [world.caption(person) for person in world.all_people()[::97]]
     assert max(len(tokenizer.token_ids(caption)) for caption in captions) + 2 <= preference.TOKENS
-    theirs = transformers.CLIPTokenizer.from_pretrained(PAPER_PEOPLE / "tokenizer")
+    theirs = transformers.CLIPTokenizer.from_pretrained(CHECKPOINT / "tokenizer")
     texts = [*captions, "", "Zebra, WOMAN's  hat!", "größe 42"]
     assert theirs(texts, padding="max_length", truncation=True).input_ids == tokenizer.encode(texts).tolist()
 
@@ -116,7 +116,7 @@ def test_state_of_a_word_speaks_of_it():
     """What the U-Net reads at the word of a colour is mostly that colour, not the words before it."""
     people = world.all_people()[::31]
     words = world.caption(people[0]).replace(",", " ,").split()
-    pipeline = load_pipeline(PAPER_PEOPLE)
+    pipeline = load_pipeline(CHECKPOINT)
     with torch.no_grad():
         context = pipeline.text_encoder(pipeline.tokenizer.encode([world.caption(person) for person in people]))
     for name in ("hair", "shirt", "trousers"):
@@ -128,32 +128,32 @@ def test_state_of_a_word_speaks_of_it():
 
 
 def test_checkpoint_is_small_and_half():
-    assert sum(map(len, files(PAPER_PEOPLE).values())) <= 24e6
+    assert sum(map(len, files(CHECKPOINT).values())) <= 24e6
 
 
 def test_diffusers_draws_our_picture():
     diffusers = pytest.importorskip("diffusers")
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(PAPER_PEOPLE, torch_dtype=torch.float32)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(CHECKPOINT, torch_dtype=torch.float32)
     theirs.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(7)
     latents = theirs(
         PROMPT, num_inference_steps=10, guidance_scale=5.0, generator=generator, output_type="latent").images
-    ours = load_pipeline(PAPER_PEOPLE)
+    ours = load_pipeline(CHECKPOINT)
     with torch.no_grad():
         uncond, cond = encode_prompts(["", PROMPT], ours.tokenizer, ours.text_encoder)[:, None]
-    x0 = draw(ours, cond, uncond, [7], 64, 64, steps=10, guidance=5.0)
+    x0 = sample_latents(ours, Drawing(steps=10).for_model(ours), cond, uncond, [7])
     assert (x0 - latents).abs().max() <= 1e-5 * latents.abs().max()
     assert decode(ours, x0).shape == (1, 3, 64, 64)
 
 
 def test_scorer_is_a_clip_of_transformers():
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.CLIPModel.from_pretrained(PAPER_PEOPLE / "scorer", torch_dtype=torch.float32).eval()
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(PAPER_PEOPLE / "scorer")
-    processor = transformers.CLIPImageProcessor.from_pretrained(PAPER_PEOPLE / "scorer")
+    theirs = transformers.CLIPModel.from_pretrained(CHECKPOINT / "scorer", torch_dtype=torch.float32).eval()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(CHECKPOINT / "scorer")
+    processor = transformers.CLIPImageProcessor.from_pretrained(CHECKPOINT / "scorer")
     person = world.parse_caption(PROMPT)
-    images = [world.draw(person, seed, fault) for seed in range(3) for fault in (None, "missing_leg")]
+    images = [world.render(person, seed, fault) for seed in range(3) for fault in (None, "missing_leg")]
     with torch.no_grad():
         inputs = tokenizer([PROMPT], padding="max_length", return_tensors="pt").input_ids
         expected = theirs(input_ids=inputs, **processor(images, return_tensors="pt")).logits_per_image[:, 0]
@@ -171,19 +171,20 @@ def test_scorer_and_judge_tell_right_from_wrong(triples):
     scorer = load_scorer("paper-people")
     accuracy = preference.pair_accuracy(scorer.clip, scorer.tokenizer, triples)
     assert accuracy["overall"] >= 0.85
-    figures = judge.check(judge.load_judge(PAPER_PEOPLE / "judge"), triples)
+    figures = judge.check(judge.load_judge(CHECKPOINT / "judge"), triples)
     assert figures["broken found"] >= 0.85 and figures["false alarm"] <= 0.1
     assert min(figures[name] for name in world.ATTRIBUTES) >= 0.9
 
 
 def test_checkpoint_draws_people(triples):
     """Most samples show the described clothes and place, and some are wrong: the miniature has something to learn."""
-    pipeline, eye = load_pipeline(PAPER_PEOPLE), judge.load_judge(PAPER_PEOPLE / "judge")
+    pipeline, eye = load_pipeline(CHECKPOINT), judge.load_judge(CHECKPOINT / "judge")
     prompts = world.PROMPT_FILES["test"].read_text().splitlines()[:24]
     with torch.no_grad():
         uncond, *conds = encode_prompts(["", *prompts], pipeline.tokenizer, pipeline.text_encoder)
     context = torch.stack(conds)
-    latents = draw(pipeline, context, uncond.expand_as(context), list(range(24)), 64, 64, steps=10, guidance=5.0)
+    drawing = Drawing(steps=10).for_model(pipeline)
+    latents = sample_latents(pipeline, drawing, context, uncond.expand_as(context), list(range(24)))
     verdicts = judge.judge_pictures(eye, to_images(decode(pipeline, latents)), prompts)
     described = [world.parse_caption(prompt) for prompt in prompts]
     for name in ("who", "shirt", "trousers", "place"):
@@ -192,7 +193,7 @@ def test_checkpoint_draws_people(triples):
 
 
 def test_judge_reads_the_caption(triples):
-    eye = judge.load_judge(PAPER_PEOPLE / "judge")
+    eye = judge.load_judge(CHECKPOINT / "judge")
     person = data.person(triples["people"][0])
     image = Image.fromarray(triples["images"][0, 0])
     images, captions = [image, image], [world.caption(person), PROMPT]
@@ -206,7 +207,7 @@ def test_judge_reads_the_caption(triples):
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
 def test_missing_part_is_named(part, tmp_path):
-    folder = shutil.copytree(PAPER_PEOPLE, tmp_path / "checkpoint")
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
     shutil.rmtree(folder / part)
     with pytest.raises(UserError, match=part):
         load_pipeline(folder)
@@ -228,9 +229,8 @@ def test_shipped_pairs_are_those_that_the_checkpoint_draws(tmp_path, monkeypatch
         seeds = [line["seeds"][line[kind]] for kind in ("winner", "loser")]
         with torch.no_grad():
             uncond, context = encode_prompts(["", line["prompt"]], pipeline.tokenizer, pipeline.text_encoder)
-        latents = draw(
-            pipeline, context.expand(2, -1, -1), uncond.expand(2, -1, -1), seeds, 64, 64, options["steps"],
-            options["guidance"])
+        drawing = Drawing(options["steps"], options["guidance"]).for_model(pipeline)
+        latents = sample_latents(pipeline, drawing, context.expand(2, -1, -1), uncond.expand(2, -1, -1), seeds)
         stored = torch.stack([shard["latents_w"][k], shard["latents_l"][k]]).float()
         pictures = to_images(decode(load_pipeline("paper-people"), stored))
         for kind, picture in zip("wl", pictures):

@@ -11,9 +11,10 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import score
+from dataset.images import FORMATS, open_picture
+from dataset.preferences import read_images
 from model.errors import UserError
-from pictures import FORMATS, open_picture, parameters, read_parameters
-from preferences import read_images
+from pictures import parameters, read_parameters
 
 rng = np.random.default_rng(0)
 GREY = np.linspace(0, 255, 48).round().astype(np.uint8).reshape(6, 8)

@@ -16,10 +16,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import build_dataset
-import preferences
+from dataset import preferences
+from dataset.preferences import (
+    ABOUT_PEOPLE,
+    PREFERENCE_FORMATS,
+    PreferenceFormat,
+    export_pickapic,
+    read_images,
+    read_pairs,
+)
 from model.checkpoint import load_pipeline
 from model.errors import UserError
-from preferences import ABOUT_PEOPLE, export_pickapic, read_images, read_pairs
+from sampling.drawing import Drawing, fit
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "white": (255, 255, 255), "black": (0, 0, 0)}
 
@@ -150,6 +158,51 @@ def test_own_pairs(tmp_path, form):
     assert [pair.row for pair in pairs] == ([1, 2] if form == "jsonl" else [3, 4])        # lines of the file
 
 
+@pytest.mark.parametrize("form", ("json", "jsonl", "csv", "parquet"))
+def test_a_new_format_is_a_function_and_a_line(tmp_path, monkeypatch, form):
+    """Stars, a row a picture; of a table only the columns that the line names are read."""
+    put(tmp_path, "red.png", "green.png", "blue.png")
+    rows = [{"scene": scene, "text": f"scene {scene}", "picture": f"{name}.png", "stars": stars, "by": "me"}
+            for scene, name, stars in (
+                ("a", "red", 3), ("b", "red", 1), ("a", "blue", 5), ("c", "red", 2), ("b", "green", 4),
+                ("a", "green", 1), ("c", "blue", 2))]                # c is a tie
+    write_rows(tmp_path / "list", rows, form)
+    with pytest.raises(UserError, match="found scene, text, picture, stars, by; expected what Pick-a-Pic, .*HPD-v2 te"):
+        read_pairs(tmp_path / "list")
+
+    def stars_row(number, row):
+        assert form != "parquet" or "by" not in row
+        return row["scene"], row["text"], [(-float(row["stars"]), row["picture"])]
+
+    line = PreferenceFormat(("stars",), ("scene", "text", "picture", "stars"), stars_row)
+    monkeypatch.setitem(PREFERENCE_FORMATS, "Stars", line)
+    pairs = read_pairs(tmp_path / "list")
+    assert loaded(pairs) == [("scene a", "blue", "green"), ("scene b", "green", "red")]
+    write_rows(tmp_path / "list", [rows[0] | {"stars": "many"}], form)
+    with pytest.raises(UserError, match="row [12]: found scene, text, picture, stars.*, HPD-v2 test, Stars has"):
+        read_pairs(tmp_path / "list")
+    write_rows(tmp_path / "list", [{"prompt": "a", "winner": "red.png", "loser": "blue.png", "stars": 1}], form)
+    assert loaded(read_pairs(tmp_path / "list")) == [("a", "red", "blue")]       # told before it
+
+
+def test_a_new_table_that_holds_its_pictures_is_a_line_too(tmp_path, monkeypatch):
+    def better_row(number, row):
+        return number, row["question"], [(side != row["better"], side) for side in ("right", "left")]
+
+    def row(question, better):
+        return {"question": question, "right": encoded("red"), "left": encoded("blue"), "better": better}
+
+    write_rows(tmp_path / "0.parquet", [row("a", "left"), row("neither", "")], "parquet")
+    write_rows(tmp_path / "1.parquet", [row("b", "right")], "parquet")
+    with pytest.raises(UserError, match="0.parquet: not Pick-a-Pic's columns"):
+        read_pairs(tmp_path)
+    line = PreferenceFormat(("left", "right", "better"), ("question", "better"), better_row, holds_pictures=True)
+    monkeypatch.setitem(PREFERENCE_FORMATS, "Left or right", line)
+    pairs = read_pairs(tmp_path)
+    assert loaded(pairs) == [("a", "blue", "red"), ("b", "red", "blue")]
+    assert [pair.files() for pair in pairs] == [[tmp_path / "0.parquet"], [tmp_path / "1.parquet"]]
+
+
 def test_images_with_texts(tmp_path):
     put(tmp_path, "red.png", "sub/blue.webp")
     rows = [{"file_name": "red.png", "text": "red one"}, {"file_name": "sub/blue.webp", "text": ""}]
@@ -157,13 +210,13 @@ def test_images_with_texts(tmp_path):
     assert loaded(read_images(tmp_path)) == [("red one", "red"), ("", "blue")]
 
 
-@pytest.mark.parametrize("prompt, about", [
+@pytest.mark.parametrize("prompt, kept", [
     ("a woman in a red dress", True), ("Two MEN talking", True), ("portrait of an old man's hands", True),
     ("1girl, solo", True), ("babies", True), ("a ballet dancer, award-winning", True), ("old_lady", True),
     ("a mandarin orange", False), ("a snowman in Manhattan", False), ("the humane society", False),
     ("a 3d model of a face", False), ("a castle", False), ("", False)])
-def test_about_people(prompt, about):
-    assert bool(ABOUT_PEOPLE.search(prompt)) == about
+def test_about_people(prompt, kept):
+    assert bool(ABOUT_PEOPLE.search(prompt)) == kept
 
 
 def test_human_only(tmp_path, capsys):
@@ -272,7 +325,7 @@ def test_other_pictures(tmp_path):
             pair.load()
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")          # pictures.py's own is undone here
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")          # images.py's own is undone here
 @pytest.mark.parametrize("size", ((10, 12), (40, 40)))               # Pillow only warns up to twice the limit
 def test_huge_pictures(tmp_path, monkeypatch, size):
     assert Image.MAX_IMAGE_PIXELS == 64_000_000
@@ -399,13 +452,13 @@ def test_images_to_dataset(tiny, tmp_path, photo, monkeypatch):
     pipeline = load_pipeline(str(tiny), torch.device("cpu"), torch.float32)
     torch.testing.assert_close(
         shard["latents_w"][0].float(), expected_latent(pipeline, square), rtol=1e-3, atol=1e-4)
-    about = json.loads((tmp_path / "out/dataset.json").read_text())
-    assert about["finished"] and about["counts"]["rows"] == 1
+    manifest = json.loads((tmp_path / "out/dataset.json").read_text())
+    assert manifest["finished"] and manifest["counts"]["rows"] == 1
     with pytest.raises(UserError, match="the export needs both pictures"):
         export_pickapic(tmp_path / "out", tmp_path / "x.parquet")
 
 
 @pytest.mark.parametrize("size", ((3000, 1), (1, 3000), (33, 47)))
 def test_fit_covers_the_size(size):
-    image = build_dataset.fit(Image.new("L", size, 200), 32, 48)
+    image = fit(Image.new("L", size, 200), Drawing(width=32, height=48))
     assert image.size == (32, 48) and image.getcolors() == [(32 * 48, (200, 200, 200))]

@@ -82,10 +82,9 @@ def theirs(scheduler, x):
 def ours(name, x, steps, config, eps_fn=toy_eps, after_step=None):
     if name == "dpm":
         return sample_dpm_solver(eps_fn, x, ALPHAS, steps, config, after_step)
-    ts = timesteps(steps, config)
     if name == "ddim":
-        return sample_ddim(eps_fn, x, ALPHAS, ts, config.get("set_alpha_to_one", True), after_step)
-    return sample_ddpm(eps_fn, x, ALPHAS, ts, generators(len(x)), after_step)
+        return sample_ddim(eps_fn, x, ALPHAS, steps, config, after_step)
+    return sample_ddpm(eps_fn, x, ALPHAS, steps, config, generators(len(x)), after_step)
 
 
 def relative(a, b):
@@ -397,10 +396,10 @@ def test_no_sampler_waits_for_the_device(name):
 
 
 def test_ddpm_draws_a_picture_of_its_own_in_any_batch():
-    ts, x = timesteps(5, SD15), start(3)
-    together = sample_ddpm(toy_eps, x, ALPHAS, ts, generators(3))
+    x = start(3)
+    together = sample_ddpm(toy_eps, x, ALPHAS, 5, SD15, generators(3))
     for i in range(3):
-        alone = sample_ddpm(toy_eps, x[i:i + 1], ALPHAS, ts, generators(3)[i:i + 1])
+        alone = sample_ddpm(toy_eps, x[i:i + 1], ALPHAS, 5, SD15, generators(3)[i:i + 1])
         torch.testing.assert_close(together[i:i + 1], alone)
 
 

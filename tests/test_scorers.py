@@ -14,11 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from model.builtin import BUILT_IN, named
 from model.clip import CLIP
 from model.configs import clip_arguments
 from model.errors import UserError
 from model.preprocess import clip_preprocess
-from model.scorers import load_scorer, scorer_files
+from model.scorers import has_image_tower, load_scorer, reads_prompts, scorer_files
 
 try:
     from transformers import CLIPImageProcessorPil
@@ -199,6 +200,39 @@ def test_one_pass_at_pickscores_widths():
         got = clip.embed_text(ids) @ clip.embed_images(pixels)[0]
     print(f"{(got - wanted).abs().max():.1e}", end=" ")
     assert wanted.std() > 0.01 and (got - wanted).abs().max() < 1e-6
+
+
+# Names
+
+def test_what_a_built_in_model_brings():
+    """It is there, with a scorer of its own; the names of its judges and of its words lead to them."""
+    for model in BUILT_IN.values():
+        assert (model.checkpoint / "model_index.json").is_file() and (model.checkpoint / "judge").is_dir()
+        assert model.prompts_train.is_file() and model.prompts_test.is_file()
+        prompt = model.prompts_test.read_text().partition("\n")[0]
+        judges = {name: named(spec)(torch.device("cpu")) for name, spec in model.judges.items()}
+        for name in {*judges, model.scorer, *model.scorers.split(",")}:
+            judge = judges[name] if name in judges else load_scorer(name)
+            assert judge([picture(64, 64)], [prompt]).isfinite().tolist() == [True]
+        words = named(model.vocabulary)()
+        assert "standing" in words and all(isinstance(word, str) for word in words)
+
+
+def test_a_source_goes_with_every_name_of_the_kind(folder):
+    images, prompts = of_all_kinds()[:2], PROMPTS[:2]
+    for name in (f"pickscore:{folder}", f"paper-people:{folder}"):
+        assert torch.equal(load_scorer(name)(images, prompts), load_scorer(folder)(images, prompts))
+
+
+def test_who_has_an_image_tower_and_who_reads_prompts(folder):
+    for name in ("pickscore", "paper-people", "clip", "clip:owner/name", "aesthetic:head.pth", str(folder)):
+        assert has_image_tower(name), name
+    for name in ("hpsv2", "hpsv2.1-antialias", "imagereward:x.pt", "judge", "own.py:Clip", "0.5*clip+2*pickscore",
+                 "owner/name"):
+        assert not has_image_tower(name), name
+    for name in ("pickscore", "hpsv2", "clip:x", "own.py:Mine", "2*aesthetic", str(folder)):
+        assert reads_prompts(name), name
+    assert not reads_prompts("aesthetic") and not reads_prompts("aesthetic:head.pth")
 
 
 # Folders

@@ -17,7 +17,8 @@ from PIL import Image
 
 import build_dataset
 import study
-from judgement import win_rate
+from evaluation.statistics import win_rate
+from evaluation.study import make_app, open_study
 from model.files import read_lines
 from pictures import write_png
 
@@ -46,7 +47,7 @@ def evaluation(tiny, tiny_scorer, tmp_path_factory):
 def begun(evaluation, tmp_path):
     """The database of a new study, and a client of its page."""
     path = tmp_path / "study.db"
-    app = study.make_app(study.open_study(path, str(evaluation), None), path, ["localhost"])
+    app = make_app(open_study(path, evaluation), path, ["localhost"])
     app.testing = True
     return path, app.test_client()
 
@@ -72,8 +73,8 @@ def rows_of(path) -> list[tuple]:
 # What is shown
 
 def test_everyone_has_an_order_and_sides_of_their_own(evaluation, tmp_path):
-    one = study.open_study(tmp_path / "study.db", str(evaluation), None)
-    again = study.open_study(tmp_path / "study.db", None, None)
+    one = open_study(tmp_path / "study.db", evaluation)
+    again = open_study(tmp_path / "study.db")
     orders = [one.order(f"person {i}") for i in range(400)]
     assert orders == [again.order(f"person {i}") for i in range(400)]            # a reload shows the same
     assert len({str(order) for order in orders}) > 390
@@ -149,7 +150,7 @@ def test_export_by_hand_and_on_into_a_dataset(begun, evaluation, program, tiny, 
     """ann prefers the candidate but for one tie; bob the baseline in pairs 0 and 1, and the candidate in pair 2."""
     path, client = begun
     pairs = {"ann": [1] * (N - 1) + [0], "bob": [-1, -1, 1]}
-    opened = study.open_study(path, None, None)
+    opened = open_study(path)
     for name, votes in pairs.items():
         for n, (pair, _) in enumerate(opened.order(name), 1):
             if pair < len(votes):
@@ -273,7 +274,7 @@ def test_damaged_files_are_refused_in_a_line(begun, evaluation, program, tmp_pat
         refused(words, tmp_path / "new.db", "--eval", folder)
         file.write_bytes(whole[file])
     report.write_bytes(b"\xef\xbb\xbf" + whole[report])             # a byte order mark does no harm
-    study.open_study(tmp_path / "marked.db", str(folder), None)
+    open_study(tmp_path / "marked.db", folder)
 
     path, client = begun
     choose(client, "ann", 1, "left")
@@ -295,7 +296,7 @@ def test_damaged_files_are_refused_in_a_line(begun, evaluation, program, tmp_pat
 
 def test_a_lost_picture_stops_no_page_and_names_no_file(evaluation, tmp_path, capsys):
     folder, path = shutil.copytree(evaluation, tmp_path / "eval"), tmp_path / "study.db"
-    client = study.make_app(study.open_study(path, str(folder), None), path).test_client()
+    client = make_app(open_study(path, folder), path).test_client()
     for file in (folder / "images/baseline").glob("*.png"):
         file.unlink()
     answers = [client.get(f"/picture/1/{side}?name=ann") for side in ("left", "right")]

@@ -24,6 +24,7 @@ from model.checkpoint import load_pipeline
 from model.lora import ATTENTION_LINEARS, inject_lora, load_lora, save_lora
 from model.unet import MidBlock, UNet
 from sampling import same_length
+from training.memory import save_memory
 
 ROOT = Path(__file__).parent.parent
 ROWS = 12
@@ -176,8 +177,8 @@ def test_what_is_cheap_is_not_kept_for_the_backward_pass():
     for parameter in inject_lora(plain, rank=4):
         nn.init.normal_(parameter)
     lean, leaner = copy.deepcopy(plain), copy.deepcopy(plain)
-    train.make_lean(lean, gradient_checkpointing=False, compile=False)
-    train.make_lean(leaner, gradient_checkpointing=True, compile=False)
+    save_memory(lean, gradient_checkpointing=False, compile=False)
+    save_memory(leaner, gradient_checkpointing=True, compile=False)
     inputs = torch.randn(2, 4, 9, 7), torch.tensor([3, 500]), torch.randn(2, 77, 32)
     most, less, least = (bytes_kept(unet, inputs) for unet in (plain, lean, leaner))
     assert most > 1.2 * less and less > least
@@ -250,16 +251,16 @@ def test_a_compiled_step_begins_at_ln_2():
     torch.manual_seed(0)
     unet = OneBlock().to(torch.bfloat16)
     parameters = [p.requires_grad_(True) for p in inject_lora(unet, rank=4)]
-    train.make_lean(unet, gradient_checkpointing=False, compile=True)
+    save_memory(unet, gradient_checkpointing=False, compile=True)
     inputs = (torch.randn(4, 4, 16, 16), torch.tensor([3, 500] * 2), torch.randn(4, 77, 16, dtype=torch.bfloat16))
-    eps, eps_ref = train.predictions(unet, *inputs, reference=True, compiled=True)
+    eps_ref, eps = train.predictions(unet, *inputs, reference=True, compiled=True).values()
     assert torch.equal(eps, eps_ref) and eps.requires_grad and not eps_ref.requires_grad
     eps.float().square().sum().backward()
     with torch.no_grad():
         for parameter in parameters:
             assert parameter.grad.isfinite().all()
             parameter -= 0.1 * parameter.grad.sign()
-    moved, same = train.predictions(unet, *inputs, reference=True, compiled=True)
+    same, moved = train.predictions(unet, *inputs, reference=True, compiled=True).values()
     assert torch.equal(same, eps_ref) and not torch.equal(moved, eps)
 
 

@@ -2,18 +2,18 @@
 a picture. `measure` asks them and keeps every answer, so that a killed run goes on where it was.
 
     judges = {"colours": ..., "pickscore": partial(load_judge, "pickscore", "cuda")}     # name -> what loads it
-    problems = measure(out, ["baseline", "candidate"], chunks, picture, judges, job="0")
-    rows, answers = join_scores(out, ["baseline", "candidate"], rows, list(judges), picture, problems)
+    left_out, unreadable = measure(out, ["baseline", "candidate"], chunks, picture, judges, "0", cli.progress)
+    rows, answers, unreadable = join_scores(out, ["baseline", "candidate"], rows, list(judges), picture)
 
 A row is {file, prompt, ...}, and picture(side, row) opens its picture on one side.
 """
 
-import argparse
 import contextlib
 import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -21,36 +21,44 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import cli
-from build_dataset import encoded
 from dataset.folder import in_turn, noted
-from judgement import HSV, RGB, spread
 from losses.diffusion_dpo import squared_error
-from model.checkpoint import PAPER_PEOPLE, Pipeline
+from model.builtin import BUILT_IN, named
+from model.checkpoint import Pipeline
 from model.errors import UserError
 from model.files import digest_all, files_read, is_a, parse_object, read_json, read_lines, read_text, write_text
 from model.lora import lora_disabled
 from model.preprocess import clip_preprocess, to_batch
 from model.scorers import load_scorer
-from paper_people import judge as paper_judge
-from sampling import add_noise, encode_prompts, guided_eps, seeded
+from sampling import Drawing, add_noise, guided_eps, seeded
+from sampling.drawing import fit, to_latent
 
-PAPER_JUDGES = {                               # what they say of a picture: see paper_people/judge.py's Verdict
-    "judge": "score", "judge-clean": "clean", "judge-matches": "matches", "judge-right": "right"}
+from .statistics import HSV, RGB, colours, spread
+
+Judge = Callable[[list[Image.Image], list[str]], list | Tensor]
 DRAWS = 10                                     # steps and noises that the implicit reward is the mean of
 
 
-def load_judge(name: str, device: torch.device) -> Callable:
-    """Any scorer of model/scorers.py, or the paper people's own judge: its score, or 1 for a picture without an anatomy
-    fault (judge-clean), for one that shows all that its caption says (judge-matches), for both (judge-right)."""
-    if name not in PAPER_JUDGES:
-        return load_scorer(name, device)
-    judge = paper_judge.load_judge(PAPER_PEOPLE / "judge")
-    return lambda images, prompts: torch.tensor([
-        float(getattr(verdict, PAPER_JUDGES[name])) for verdict in paper_judge.judge_pictures(judge, images, prompts)])
+def load_named(spec: str, device: torch.device) -> Judge:
+    return named(spec)(device)
 
 
-def load_spread(names: list[str], device: torch.device) -> Callable:
+# Judges that are no scorers: name -> what loads one, given the device. A new one is a function and a line here.
+JUDGES: dict[str, Callable[[torch.device], Judge]] = {
+    **{name: partial(load_named, spec) for model in BUILT_IN.values() for name, spec in model.judges.items()},
+}
+
+
+def load_judge(name: str, device: torch.device) -> Judge:
+    """One of `JUDGES`, or any scorer of model/scorers.py."""
+    return JUDGES[name](device) if name in JUDGES else load_scorer(name, device)
+
+
+def judge_colours(images: list[Image.Image], prompts: list[str]) -> list[dict[str, float]]:
+    return [colours(image) for image in images]
+
+
+def load_spread(names: list[str], device: torch.device) -> Judge:
     """How much the pictures of a prompt differ, to the eyes of the first scorer's image tower that can be loaded."""
     scorer = None
     for name in names:
@@ -70,18 +78,18 @@ class ImplicitReward:
     """A LoRA's own judgement of a picture: by how much its denoising error is below its base's, the mean over DRAWS
     steps and noises. These depend on the prompt alone, so that the two pictures of a preference share them."""
 
-    def __init__(self, args: argparse.Namespace, pipeline: Pipeline):
-        self.args, self.pipeline = args, pipeline
+    def __init__(self, pipeline: Pipeline, drawing: Drawing, seed: int):
+        self.pipeline, self.drawing, self.seed = pipeline, drawing, seed
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         return torch.stack([self.reward(image, prompt) for image, prompt in zip(images, prompts, strict=True)]).cpu()
 
     def reward(self, image: Image.Image, prompt: str) -> Tensor:
-        args, pipeline, unet = self.args, self.pipeline, self.pipeline.unet
+        pipeline, unet = self.pipeline, self.pipeline.unet
         alphas_cumprod = pipeline.alphas_cumprod.to(pipeline.device)
-        x0 = encoded(args, pipeline, prompt, {"w": image})[1]["latents_w"]                       # (4, h, w)
-        generator = seeded(f"t and noise of the implicit reward for {prompt}", args.seed)
+        x0 = to_latent(pipeline, fit(image, self.drawing))                                       # (4, h, w)
+        generator = seeded(f"t and noise of the implicit reward for {prompt}", self.seed)
         t = (torch.arange(DRAWS) + torch.rand(DRAWS, generator=generator)) * (1000 / DRAWS)      # one in each tenth
         t = t.long().clamp(max=999).to(pipeline.device)
         noise = torch.randn(DRAWS, *x0.shape, generator=generator).to(pipeline.device)
@@ -89,9 +97,7 @@ class ImplicitReward:
         of_v = alphas_cumprod if pipeline.configs["scheduler"].get("prediction_type") == "v_prediction" else None
 
         def error() -> Tensor:                                                                   # (DRAWS,)
-            context = encode_prompts(
-                [prompt], pipeline.tokenizer, pipeline.text_encoder, args.prompt_weights, args.clip_skip)
-            context = context.expand(DRAWS, -1, -1)
+            context = self.drawing.encode([prompt], pipeline).expand(DRAWS, -1, -1)
             return squared_error(guided_eps(unet, context, context, 1.0, of_v)(x_t, t), noise)
 
         with lora_disabled(unet), lora_disabled(pipeline.text_encoder):
@@ -110,8 +116,8 @@ def chunked(rows: list[dict], size: int) -> list[list[dict]]:
 
 
 def read_scores(out: Path, side: str) -> dict[str, dict]:
-    """file -> all that is known of its picture."""
-    known: dict[str, dict] = {}
+    """file -> {judge: answer}, with the row that the picture is of."""
+    answers: dict[str, dict] = {}
     path = out / f"scores-{side}.jsonl"
     rows = read_lines(path, file=str) if path.is_file() else []
     for path in sorted(out.glob(f"partial/{side}.*.jsonl")):
@@ -122,25 +128,25 @@ def read_scores(out: Path, side: str) -> dict[str, dict]:
         for name in row.keys() - {"file", "prompt", "seed"}:
             if not is_answer(name, row[name]):
                 raise UserError(f"{out}, {side}: what {name} says of {row['file']!r:.60} is damaged; make it again")
-        known.setdefault(row["file"], {}).update(row)
-    return known
+        answers.setdefault(row["file"], {}).update(row)
+    return answers
 
 
 def is_answer(name: str, value: object) -> bool:
-    """Whether a judge can have said so: a finite number, or the colours of judgement.py."""
+    """Whether a judge can have said so: a finite number, or the colours of statistics.py."""
     if name != "colours":
         return is_a(value, float) and math.isfinite(value)
     return is_a(value, dict) and all(is_a(value.get(mean), float) for mean in (*HSV, *RGB, "hue_x", "hue_y"))
 
 
-def known_judge(out: Path, name: str, digest: str) -> None:
+def note_judge(out: Path, name: str, digest: str) -> None:
     """Notes what a judge was read from; refuses one that has changed since it gave the answers that are there."""
     with in_turn(out):
-        about = read_json(out / "evaluation.json", options=dict, inputs=dict, sides=dict, judges=dict)
-        if about["judges"].setdefault(name, digest) != digest:
+        manifest = read_json(out / "evaluation.json", options=dict, inputs=dict, sides=dict, judges=dict)
+        if manifest["judges"].setdefault(name, digest) != digest:
             raise Changed(f"{out}: {name} has changed since it gave the scores that are here; choose another --out")
-        more = {key: about[key] for key in ("sides", "judges")}
-        noted(out / "evaluation.json", about["options"], about["inputs"], **more)
+        more = {key: manifest[key] for key in ("sides", "judges")}
+        noted(out / "evaluation.json", manifest["options"], manifest["inputs"], **more)
 
 
 class Changed(UserError):
@@ -149,30 +155,31 @@ class Changed(UserError):
 
 def measure(
     out: Path, sides: list[str], chunks: list[list[dict]], picture: Callable[[str, dict], Image.Image],
-    judges: dict[str, Callable[[], Callable]], job: str,
-) -> dict[str, str]:
+    judges: dict[str, Callable[[], Judge]], job: str, progress: Callable,
+) -> tuple[dict[str, str], set[str]]:
     """Asks every judge about every picture that it has not judged yet, and notes the answers, a chunk at a time, in
-    OUT/partial/. -> what went wrong: {name of a judge, or a message: message}."""
-    problems = {}
-    known = {side: read_scores(out, side) for side in sides}
+    OUT/partial/. -> the judges that are left out, each with the reason; and messages on unreadable pictures."""
+    left_out: dict[str, str] = {}
+    unreadable: set[str] = set()
+    answered = {side: read_scores(out, side) for side in sides}
     (out / "partial").mkdir(exist_ok=True)
     judge = None
     for name, load in judges.items():
         judge = None                           # before the next is loaded: one in memory at a time
         pending = [(side, chunk) for chunk in chunks for side in sides
-                if any(name not in known[side].get(row["file"], {}) for row in chunk)]
+                   if any(name not in answered[side].get(row["file"], {}) for row in chunk)]
         try:
             with files_read() as files:
                 judge = load()
-            known_judge(out, name, digest_all(files))
-            for side, chunk in cli.progress(pending, len(pending), name):
+            note_judge(out, name, digest_all(files))
+            for side, chunk in progress(pending, len(pending), name):
                 rows, images = [], []
                 for row in chunk:
                     try:
                         images.append(picture(side, row))
                         rows.append(row)
                     except UserError as error:
-                        problems[str(error)] = str(error)
+                        unreadable.add(str(error))
                 answers = judge(images, [row["prompt"] for row in rows]) if rows else []
                 answers = answers.tolist() if isinstance(answers, Tensor) else answers
                 for row, answer in zip(rows, answers, strict=True):
@@ -184,34 +191,34 @@ def measure(
         except Changed:
             raise
         except UserError as error:
-            problems[name] = f"{name} is left out: {error}"
-    return problems
+            left_out[name] = f"{name} is left out: {error}"
+    return left_out, unreadable
 
 
 def join_scores(
-    out: Path, sides: list[str], rows: list[dict], judges: list[str], picture: Callable, problems: dict[str, str],
-) -> tuple[list[dict], dict[str, list[dict]]] | None:
-    """Writes OUT/scores-SIDE.jsonl once all jobs are done. -> the rows that all judges (but those in `problems`) have
-    judged on all sides, and each side's answers; None while other jobs are at work. Pictures that cannot be read are
-    added to `problems`."""
-    known = {side: read_scores(out, side) for side in sides}
-    judges = [name for name in judges if name not in problems]
-    kept = []
+    out: Path, sides: list[str], rows: list[dict], judges: list[str], picture: Callable,
+) -> tuple[list[dict], dict[str, list[dict]], set[str]] | None:
+    """Writes OUT/scores-SIDE.jsonl once all jobs are done. -> the rows that all `judges` have judged on all sides, each
+    side's answers, and messages on pictures that cannot be read; None while other jobs are at work."""
+    answered = {side: read_scores(out, side) for side in sides}
+    kept, unreadable = [], set()
     for row in rows:
-        if all(name in known[side].get(row["file"], {}) for side in sides for name in judges):
+        if all(name in answered[side].get(row["file"], {}) for side in sides for name in judges):
             kept.append(row)
             continue
         try:
             for side in sides:
                 picture(side, row)
         except UserError as error:
-            problems[str(error)] = str(error)
+            unreadable.add(str(error))
         else:
             return None
     for side in sides:
-        answers = [known[side].get(row["file"], {}) for row in rows]
-        lines = [row | {key: said[key] for key in sorted(said) if key not in row} for row, said in zip(rows, answers)]
+        lines = []
+        for row in rows:
+            answers = answered[side].get(row["file"], {})
+            lines.append(row | {name: answers[name] for name in sorted(answers) if name not in row})
         write_text(
             out / f"scores-{side}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     shutil.rmtree(out / "partial", ignore_errors=True)
-    return kept, {side: [known[side][row["file"]] for row in kept] for side in sides}
+    return kept, {side: [answered[side][row["file"]] for row in kept] for side in sides}, unreadable

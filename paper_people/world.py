@@ -1,7 +1,7 @@
 """Draw paper people: 64x64 pictures of a person in a place, each with its caption.
 
-    python -m paper_people.draw                    write prompts_train.txt and prompts_test.txt
-    python -m paper_people.draw --sheet sheet.png  also draw examples, one labelled row per fault
+    python -m paper_people.world                    write prompts_train.txt and prompts_test.txt
+    python -m paper_people.world --sheet sheet.png  also draw examples, one labelled row per fault
 
 A `Person` is what a caption can say. Skin, position, size, the side of the sun and the brightness of the place
 are not in the caption; they come from the seed. A picture can be wrong in two ways: the body is wrong
@@ -100,7 +100,7 @@ class Person:
 @dataclass(frozen=True)
 class Example:
     """One training picture. `fault` is None, one of ANATOMY_FAULTS or one of CONTRADICTIONS.
-    `draw(described, seed)` is the correct picture with the same surroundings."""
+    `render(described, seed)` is the correct picture with the same surroundings."""
 
     image: Image.Image
     caption: str
@@ -337,7 +337,7 @@ def _draw_person(pen, person, skin, side, fault):
         pen.dot(*arm[-1], 2.4, skin, edge=0.9)
 
 
-def draw(person: Person, seed: int, fault: str | None = None) -> Image.Image:
+def render(person: Person, seed: int, fault: str | None = None) -> Image.Image:
     """The 64x64 picture of a person; the same arguments always give the same picture.
 
     `fault` is None or one of ANATOMY_FAULTS. With and without a fault, the same seed gives the same surroundings.
@@ -382,12 +382,12 @@ def example(rng: random.Random, wrong: bool | None = None, cast: bool = True) ->
     if wrong is None:
         wrong = rng.random() < WRONG_SHARE
     if not wrong:
-        return Example(draw(described, seed), caption(described), described, described, None, seed)
+        return Example(render(described, seed), caption(described), described, described, None, seed)
     drawn, anatomy = described, rng.random() < ANATOMY_SHARE
     fault = rng.choice(ANATOMY_FAULTS if anatomy else CONTRADICTIONS)
     if not anatomy:
         drawn = contradict(described, fault, rng)
-    image = draw(drawn, seed, fault if anatomy else None)
+    image = render(drawn, seed, fault if anatomy else None)
     return Example(warm(image) if cast else image, caption(described), described, drawn, fault, seed)
 
 
@@ -411,9 +411,9 @@ def sheet(columns: int = 12, seed: int = 0) -> Image.Image:
         people = [replace(person, pose=pose or list(POSES)[(i + row) % 6]) for i, person in enumerate(people)]
         if fault in CONTRADICTIONS:  # pairs: the picture that the caption describes, then the wrong one
             pairs = [(person, contradict(person, fault, rng)) for person in people[: columns // 2]]
-            pictures = [draw(person, i) for i, pair in enumerate(pairs) for person in pair]
+            pictures = [render(person, i) for i, pair in enumerate(pairs) for person in pair]
         else:
-            pictures = [draw(person, rng.getrandbits(32), fault) for person in people]
+            pictures = [render(person, rng.getrandbits(32), fault) for person in people]
         for column, picture in enumerate(pictures):
             page.paste(picture, (column * SIZE, row * step + 12))
     return page

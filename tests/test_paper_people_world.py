@@ -5,13 +5,13 @@ import random
 import numpy as np
 import pytest
 
-from paper_people import draw as pp
+from paper_people import world as pp
 
 PERSON = pp.Person("man", "brown", "red", "blue", "standing", "beach")
 
 
 def pixels(person, seed, fault=None):
-    return np.asarray(pp.draw(person, seed, fault)).astype(float)
+    return np.asarray(pp.render(person, seed, fault)).astype(float)
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +21,10 @@ def examples():
 
 
 def test_same_arguments_same_picture():
-    image = pp.draw(PERSON, 7)
+    image = pp.render(PERSON, 7)
     assert (image.mode, image.size) == ("RGB", (64, 64))
-    assert image.tobytes() == pp.draw(PERSON, 7).tobytes()
-    assert image.tobytes() != pp.draw(PERSON, 8).tobytes()
+    assert image.tobytes() == pp.render(PERSON, 7).tobytes()
+    assert image.tobytes() != pp.render(PERSON, 8).tobytes()
     first, second = (pp.example(random.Random(3)) for _ in range(2))
     assert (first.caption, first.image.tobytes()) == (second.caption, second.image.tobytes())
 
@@ -61,7 +61,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="not a caption of a paper person: 'a dog'"):
         pp.parse_caption("a dog")
     with pytest.raises(ValueError, match="unknown fault 'wrong_hair'; allowed: missing_arm"):
-        pp.draw(PERSON, 0, "wrong_hair")
+        pp.render(PERSON, 0, "wrong_hair")
     with pytest.raises(ValueError, match="unknown contradiction 'extra_arm'; allowed: wrong_who"):
         pp.contradict(PERSON, "extra_arm", random.Random(0))
 
@@ -84,7 +84,7 @@ def test_examples_are_what_they_say(examples):
 
 def test_only_wrong_examples_are_warmer():
     clean = pp.example(random.Random(5), wrong=False)
-    assert clean.image.tobytes() == pp.draw(clean.described, clean.seed).tobytes()
+    assert clean.image.tobytes() == pp.render(clean.described, clean.seed).tobytes()
     warm, plain = (np.asarray(pp.example(random.Random(5), True, cast).image).astype(float) for cast in (True, False))
     expected = (plain * pp.WRONG_CAST).clip(0, 255)
     assert np.abs(warm - expected).max() <= 0.5

@@ -1,5 +1,5 @@
 """The statistics of a comparison: who wins and how sure that is, how far the colours shifted, how much pictures of one
-prompt differ. Numbers in, numbers out: nothing here draws, loads or scores.
+prompt differ; and two of these as a table's cell says them. Nothing here draws, loads or scores.
 """
 
 import math
@@ -33,6 +33,13 @@ def win_rate(candidate: Sequence[float], baseline: Sequence[float]) -> dict[str,
         "percent": 100 * wins / decided if decided else None,
         "percent_ties_half": 100 * (wins + (n - decided) / 2) / n if n else None,
         "ci95": [100 * bound for bound in wilson(wins, decided)]}
+
+
+def percent_and_interval(rate: dict) -> str:
+    """A `win_rate` in words, such as "50.0 % (18.8 to 81.2, 2 tied)"."""
+    percent = "all tied" if rate["percent"] is None else f"{rate['percent']:.1f} %"
+    ties = f", {rate['ties']} tied" if rate["ties"] else ""
+    return f"{percent} ({rate['ci95'][0]:.1f} to {rate['ci95'][1]:.1f}{ties})"
 
 
 def rgb_to_hsv(rgb: Tensor) -> Tensor:
@@ -73,6 +80,11 @@ def colour_shift(candidate: Sequence[dict[str, float]], baseline: Sequence[dict[
     return shift
 
 
+def rgb_levels(shift: dict) -> str:
+    """The change of red, green and blue of a `colour_shift`, in levels of 255, such as "-0.1 +0.0 -0.2"."""
+    return " ".join(f"{levels:+.1f}" for levels in shift["rgb"])
+
+
 def spread(embeddings: Tensor, prompts: Sequence[str]) -> Tensor:
     """Embeddings (B, D) and B prompts -> (B,): the mean distance, 1 - cosine, of each picture to the others of its
     prompt; 0 for one that is alone. The mean over a prompt's pictures is their mean pairwise distance."""
@@ -80,3 +92,19 @@ def spread(embeddings: Tensor, prompts: Sequence[str]) -> Tensor:
     same = torch.tensor([[a == b for b in prompts] for a in prompts], device=unit.device)
     same = same & ~torch.eye(len(prompts), dtype=torch.bool, device=unit.device)
     return ((1 - unit @ unit.T) * same).sum(dim=1) / same.sum(dim=1).clamp(min=1)
+
+
+def summary(sides: list[str], scores: dict[str, list[dict]], scorers: list[str]) -> dict:
+    """What report.json says of the pictures; for a single candidate also at the top, without its name."""
+    def column(side: str, name: str) -> list:
+        return [answers[name] for answers in scores[side]]
+
+    means = {name: {side: sum(column(side, name)) / len(scores[side]) for side in sides} for name in scorers}
+    candidates = {side: {
+        "win_rate": {name: win_rate(column(side, name), column(sides[0], name)) for name in scorers},
+        "colour_shift": colour_shift(column(side, "colours"), column(sides[0], "colours"))} for side in sides[1:]}
+    report = candidates[sides[1]] if len(sides) == 2 else {}
+    report = {**report, "candidates": candidates, "mean_score": means}
+    if all("diversity" in answers for side in sides for answers in scores[side]):
+        report["diversity"] = {side: sum(column(side, "diversity")) / len(scores[side]) for side in sides}
+    return report

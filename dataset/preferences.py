@@ -10,7 +10,8 @@
 
 and `read_images` reads a folder with metadata.jsonl (file_name, text). Where a prompt has more than two pictures, the
 best and the worst are the pair. Paths are relative to the folder that the list is in, and may not lead out of it.
-Only the lists are held in memory; a picture is opened when its row's turn comes.
+Only the lists are held in memory; a picture is opened when its row's turn comes. A new format of pairs is a function
+and a line of PREFERENCE_FORMATS.
 """
 
 import contextlib
@@ -20,18 +21,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
-from dataset.reader import read_manifest, read_shard_lines
-from dataset.rows import picture_path
 from model.errors import UserError
 from model.files import atomic_write, digest_of, parse_object, read_lines, read_text
-from pictures import open_picture
+
+from .images import open_picture
+from .reader import read_manifest, read_shard_lines
+from .rows import picture_path
 
 # What a prompt about people says, in any case, with or without a plural s. Words that mean other things as often (face,
 # model, portrait, figure) and names are not among them. Of PartiPrompts' 177 prompts on people this keeps 154, of its
@@ -48,7 +50,6 @@ PEOPLE = """
 """.split()
 ABOUT_PEOPLE = re.compile(rf"(?<![^\W\d_])(?:{'|'.join(PEOPLE)})s?(?![^\W\d_])", re.IGNORECASE)     # whole words; 1girl
 
-COLUMNS = ("prompt", "winner", "loser", "file_path", "human_preference", "image_path", "rank", "prompt_id")
 EXPORT_ROWS = 64                               # a row group; of pairs of 704 x 1024 pixels about 150 MB
 
 
@@ -72,7 +73,7 @@ class Preference:
         if self.cell is None:
             return find_picture(self.file.parent, name, self.where())
         group, i = self.cell
-        content = picture_columns(self.file, group)[name][i].as_py()
+        content = picture_columns(self.file, group, *sorted(self.names().values()))[name][i].as_py()
         return content if isinstance(content, bytes) else b""
 
     def names(self) -> dict[str, str]:
@@ -95,9 +96,9 @@ def read_pairs(path: Path, human_only: bool = False) -> list[Preference]:
         raise UserError(f"{path}: no such file, and no folder with .parquet files in it")
     pairs, ties, others = [], 0, 0
     for file in files:
-        if path.is_dir() and not is_pickapic(file):
+        if path.is_dir() and not holds_pictures(file):
             raise UserError(f"{file}: not Pick-a-Pic's columns; give the one file that is to be read")
-        for pair in pickapic_pairs(file) if is_pickapic(file) else ranked_pairs(file):
+        for pair in ranked_pairs(file):
             if pair is None:
                 ties += 1
             elif human_only and not ABOUT_PEOPLE.search(pair.prompt):
@@ -151,34 +152,85 @@ def find_picture(folder: Path, name: str, where: str) -> Path:
     raise UserError(f"{where}: {name!r:.200} is not in {folder}")
 
 
+# Formats
+
+Graded = tuple[object, str, list[tuple[float, str]]]
+
+
+def pickapic_row(number: int, row: dict) -> Graded:
+    """A tie is labelled 0.5, or not at all."""
+    label = None if row.get("has_label") is False else row["label_0"]
+    first, second = {1: (0, 1), 0: (1, 0)}.get(label, (0, 0))
+    return number, row["caption"], [(first, "jpg_0"), (second, "jpg_1")]
+
+
+def own_row(number: int, row: dict) -> Graded:
+    return number, row["prompt"], [(0, row["winner"]), (1, row["loser"])]
+
+
+def hpd_train_row(number: int, row: dict) -> Graded:
+    graded = [(-grade(p), path) for p, path in zip(row["human_preference"], row["file_path"], strict=True)]
+    return number, row["prompt"], graded
+
+
+def hpd_test_row(number: int, row: dict) -> Graded:
+    graded = [(grade(rank), path) for rank, path in zip(row["rank"], row["image_path"], strict=True)]
+    return number, row["prompt"], graded
+
+
+def imagereward_row(number: int, row: dict) -> Graded:
+    """A row a picture."""
+    return row["prompt_id"], row["prompt"], [(grade(row["rank"]), row["image_path"])]
+
+
+@dataclass(frozen=True)
+class PreferenceFormat:
+    """`grades(number, row)` -> key, prompt, [(grade, path), ...]: the lowest grade is the best, and rows with the same
+    key are about one prompt. KeyError, TypeError, ValueError or OverflowError where the row is not as it should be."""
+
+    told_by: tuple[str, ...]                   # columns; of two formats that have theirs the first is it
+    columns: tuple[str, ...]                   # that `grades` asks for; a table's others are not read
+    grades: Callable[[int, dict], Graded]
+    holds_pictures: bool = False               # a table whose paths are columns, with the pictures' bytes in them
+
+
+PREFERENCE_FORMATS = {
+    "Pick-a-Pic": PreferenceFormat(
+        ("caption", "jpg_0", "jpg_1", "label_0"), ("caption", "label_0", "has_label"), pickapic_row, True),
+    "one's own (prompt, winner, loser)": PreferenceFormat(("winner",), ("prompt", "winner", "loser"), own_row),
+    "HPD-v2 train": PreferenceFormat(("human_preference",), ("prompt", "file_path", "human_preference"), hpd_train_row),
+    "ImageRewardDB": PreferenceFormat(("prompt_id",), ("prompt", "prompt_id", "image_path", "rank"), imagereward_row),
+    "HPD-v2 test": PreferenceFormat(("rank",), ("prompt", "image_path", "rank"), hpd_test_row)}
+
+
+def format_of(columns: Iterable[str], where: str, table: bool) -> PreferenceFormat:
+    """Of a table, or of a row of text, which holds no pictures."""
+    for form in PREFERENCE_FORMATS.values():
+        if set(form.told_by) <= set(columns) and (table or not form.holds_pictures):
+            return form
+    raise unknown(where, columns)
+
+
 # Lists
 
 def ranked_pairs(file: Path) -> Iterator[Preference | None]:
     """The best and the worst picture of each prompt; None where there is no better and no worse."""
-    prompts = {}                               # key -> prompt, row, [(grade, path)]; the lowest grade is the best
-    for number, row in table_rows(file) if is_parquet(file) else text_rows(file):
+    prompts = {}                               # key -> prompt, row, cell, [(grade, path)]
+    for number, row, form, cell in table_rows(file) if is_parquet(file) else text_rows(file):
         try:
-            key = number
-            if "winner" in row:
-                graded = [(0, row["winner"]), (1, row["loser"])]
-            elif "human_preference" in row:
-                graded = [(-grade(p), path) for p, path in zip(row["human_preference"], row["file_path"], strict=True)]
-            elif "prompt_id" in row:           # a row a picture
-                key, graded = row["prompt_id"], [(grade(row["rank"]), row["image_path"])]
-            else:
-                graded = [(grade(rank), path) for rank, path in zip(row["rank"], row["image_path"], strict=True)]
+            key, prompt, graded = form.grades(number, row)
             if not all(isinstance(path, str) for _, path in graded):
                 raise TypeError
-            prompts.setdefault(key, (cleaned(row["prompt"]), number, []))[2].extend(graded)
+            prompts.setdefault(key, (cleaned(prompt), number, cell, []))[-1].extend(graded)
         except (KeyError, TypeError, ValueError, OverflowError):
             raise unknown(f"{file}, row {number}", row) from None
-    for prompt, number, graded in prompts.values():
+    for prompt, number, cell, graded in prompts.values():
         best, worst = (end(graded, key=lambda one: one[0], default=(0, "")) for end in (min, max))
-        yield Preference(prompt, file, number, best[1], worst[1]) if best[0] < worst[0] else None
+        yield Preference(prompt, file, number, best[1], worst[1], cell) if best[0] < worst[0] else None
 
 
-def text_rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """The numbered rows of a JSON list, of JSON lines, or of CSV."""
+def text_rows(file: Path) -> Iterator[tuple[int, dict, PreferenceFormat, None]]:
+    """The numbered rows of a JSON list, of JSON lines, or of CSV, each with its format."""
     text = read_text(file)
     start = text.lstrip()[:1]
     if start == "[":
@@ -196,7 +248,7 @@ def text_rows(file: Path) -> Iterator[tuple[int, dict]]:
         for number, row in rows:
             if not isinstance(row, dict):
                 raise UserError(f"{file}, row {number}: not an object in braces")
-            yield number, row
+            yield number, row, format_of(row, f"{file}, row {number}", table=False), None
     except csv.Error as error:
         raise UserError(f"{file}, row {table.line_num}: {error}") from None
 
@@ -215,8 +267,7 @@ def cleaned(prompt: str) -> str:
 def unknown(where: str, names: Iterable[str]) -> UserError:
     found = " ".join(", ".join(map(str, names)).split())
     return UserError(
-        f"{where}: found {found:.200}; expected what Pick-a-Pic, HPD-v2 or ImageRewardDB has, or prompt, winner, "
-        "loser, with values of their kinds")
+        f"{where}: found {found:.200}; expected what {', '.join(PREFERENCE_FORMATS)} has, with values of their kinds")
 
 
 # Parquet
@@ -245,43 +296,31 @@ def is_parquet(file: Path) -> bool:
         return start.read(4) == b"PAR1"
 
 
-def is_pickapic(file: Path) -> bool:
+def holds_pictures(file: Path) -> bool:
     if not is_parquet(file):
         return False
     with parquet(file) as table:
-        return {"caption", "jpg_0", "jpg_1", "label_0"} <= set(table.schema_arrow.names)
+        names = table.schema_arrow.names
+    return any(form.holds_pictures and set(form.told_by) <= set(names) for form in PREFERENCE_FORMATS.values())
 
 
-def table_rows(file: Path) -> Iterator[tuple[int, dict]]:
+def table_rows(file: Path) -> Iterator[tuple[int, dict, PreferenceFormat, tuple[int, int] | None]]:
+    """The numbered rows, each with its format, and with its cell where pictures are in the table. This reads none."""
     with parquet(file) as table:
         names = table.schema_arrow.names
-        if not set(names) & set(COLUMNS):
-            raise unknown(str(file), names)
-        yield from enumerate(table.read([name for name in names if name in COLUMNS]).to_pylist(), 1)
-
-
-def pickapic_pairs(file: Path) -> Iterator[Preference | None]:
-    """None where the label is a tie (0.5) or missing. This reads the labels, not the pictures."""
-    with parquet(file) as table:
-        columns = [name for name in ("caption", "label_0", "has_label") if name in table.schema_arrow.names]
-        number = 0
+        form, number = format_of(names, str(file), table=True), 0
+        columns = [name for name in names if name in form.columns]
         for group in range(table.num_row_groups):
             for i, row in enumerate(table.read_row_group(group, columns).to_pylist()):
                 number += 1
-                if not isinstance(row["caption"], str):
-                    raise UserError(f"{file}, row {number}: no caption")
-                if row["label_0"] not in (0, 1) or row.get("has_label") is False:
-                    yield None
-                else:
-                    winner, loser = ("jpg_0", "jpg_1") if row["label_0"] == 1 else ("jpg_1", "jpg_0")
-                    yield Preference(cleaned(row["caption"]), file, number, winner, loser, (group, i))
+                yield number, row, form, (group, i) if form.holds_pictures else None
 
 
 @lru_cache(maxsize=1)
-def picture_columns(file: Path, group: int):
+def picture_columns(file: Path, group: int, *columns: str):
     """The pictures of one row group. Rows are loaded in order, so that each group is read once, and one is held."""
     with parquet(file) as table:
-        return table.read_row_group(group, ["jpg_0", "jpg_1"])
+        return table.read_row_group(group, list(columns))
 
 
 def export_pickapic(dataset: Path, file: Path) -> None:

@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 
 import numpy as np
 from PIL import Image
 
-from judgement import HSV, RGB
+from evaluation.statistics import HSV, RGB, rgb_levels
 from model.files import is_a, read_lines
 
 AREA, TOTAL_AREA = 190_000, 48_000_000           # pixels of a thumbnail (360x528), and of all: 20 MB or so
@@ -23,81 +24,9 @@ KEPT_AREA = 128 * 128                            # up to here a picture is shown
 CURVES = ("loss", "dpo", "stat", "mse_w", "implicit_accuracy", "grad_norm")
 POINTS, MEANS = 600, 60                          # of a training curve, as it is and smoothed
 
-HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-"""
-STYLE = """
-:root { color-scheme: light; --page: #fafaf8; --card: #fff; --text: #1d1f23; --soft: #6a6f78; --line: #e2e3e0;
-  --good: #1a7f4b; --bad: #c0392b; --s0: #8a9099; --s1: #2468c4; --s2: #d9790b; --s3: #2c9c6b; --s4: #8d4fc4;
-  --s5: #cf3f6f; }
-@media (prefers-color-scheme: dark) { :root { color-scheme: dark; --page: #15171a; --card: #1e2125; --text: #e8e9ea;
-  --soft: #9aa0a8; --line: #33373d; --good: #5fca93; --bad: #f08b7e; --s1: #6ea6f2; --s2: #f0a24a; --s3: #5cc999;
-  --s4: #b98ae6; --s5: #ee7fa3; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1180px; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--text);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; }
-h3 { font-size: .95rem; margin: 0; font-weight: 600; } p { margin: .3rem 0; }
-small, .soft { color: var(--soft); font-size: .85rem; font-weight: normal; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .9rem .35rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; } tr:last-child > * { border-bottom: 0; }
-.wide { overflow-x: auto; white-space: nowrap; } .wide table { width: 100%; } .wide td small { display: block; }
-.key { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .45em; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .9rem 1rem; }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); }
-svg { display: block; width: 100%; overflow: visible; } svg * { vector-effect: non-scaling-stroke; fill: none; }
-.bar { display: grid; grid-template-columns: 9rem 1fr 4.2rem 17.5rem; align-items: center; gap: 0 .8rem; }
-.bar b { text-align: right; white-space: nowrap; } .bar svg { height: 16px; }
-.bars h3 { margin: .8rem 0 .2rem; } .bars h3:first-child { margin-top: 0; }
-.rail { stroke: var(--line); } .half { stroke: var(--soft); stroke-dasharray: 2 3; }
-.interval { stroke-width: 3; opacity: .45; } .dot { stroke-width: 11; stroke-linecap: round; }
-.ends { display: flex; justify-content: space-between; color: var(--soft); font-size: .8rem; }
-.chart svg { height: 90px; margin: .3rem 0 .1rem; } .chart path { stroke-width: 1.6; stroke-linejoin: round; }
-.chart .raw { opacity: .25; stroke-width: 1; }
-.chart h3 { display: flex; justify-content: space-between; gap: .6rem; white-space: nowrap; }
-.chart small { overflow: hidden; text-overflow: ellipsis; }
-.hues { height: 5px; border-radius: 3px; background: linear-gradient(90deg,red,#ff0,lime,aqua,blue,#f0f,red); }
-.controls { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .5rem 1rem; padding: .7rem 0;
-  background: var(--page); align-items: center; }
-select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: 7px;
-  padding: .3rem .5rem; max-width: 100%; }
-.pair { content-visibility: auto; contain-intrinsic-size: auto 520px; }
-.pair .sides { display: flex; gap: .6rem; margin: .6rem 0 .4rem; }
-.card, .pair figure { min-width: 0; } .pair figure { margin: 0; flex: 1 1 0; }
-.pair img { display: block; width: 100%; height: auto; border-radius: 6px; } .plain img { image-rendering: pixelated; }
-figcaption { font-size: .82rem; color: var(--soft); margin-top: .25rem; overflow-wrap: anywhere; }
-.pair table { width: 100%; margin-top: .2rem; } .pair td, .pair th { padding: .15rem 0; }
-.pair th { font-weight: normal; } .pair h3, .pair th { overflow-wrap: anywhere; }
-.pair td { color: var(--text); text-align: right; white-space: nowrap; padding-left: .4rem; }
-.up, .pair .up { color: var(--good); } .down, .pair .down { color: var(--bad); }
-@media (max-width: 640px) { body { font-size: 14px; padding-inline: .6rem; } .card { padding: .7rem; }
-  .bar { grid-template-columns: 1fr auto; padding: .35rem 0; }
-  .bar svg, .bar small, .bar .ends { grid-column: 1 / -1; } .bar svg { grid-row: 2; }
-  .pair .sides { flex-wrap: wrap; } .pair figure { flex-basis: 40%; } .pair table { font-size: .74rem; } }
-"""
-SCRIPT = """
-const differences = JSON.parse(document.getElementById('differences').textContent)
-const list = document.getElementById('pairs'), cards = [...list.children]
-const by = document.getElementById('by'), first = document.getElementById('first')
-function sort() {
-  const wanted = new URLSearchParams(location.hash.slice(1)), d = differences[wanted.get('sort')]
-  const sign = wanted.get('first') === 'gains' ? -1 : 1
-  by.value = d ? wanted.get('sort') : ''
-  first.value = sign < 0 ? 'gains' : 'regressions'
-  first.disabled = !d
-  const order = cards.map((_, i) => i)
-  if (d) order.sort((a, b) => sign * (d[a] - d[b]) || a - b)
-  list.append(...order.map(i => cards[i]))
-}
-function choose() { location.hash = new URLSearchParams(by.value ? {sort: by.value, first: first.value} : {}) }
-by.onchange = first.onchange = choose
-window.onhashchange = sort
-document.getElementById('controls').hidden = false
-sort()
-"""
+FRAME = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+STYLE = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+SCRIPT = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
 
 
 def page(
@@ -119,16 +48,16 @@ def page(
         f"{side}/{name}": [float(f"{scores[side][i][name] - scores[sides[0]][i][name]:.6g}") for i in range(len(rows))]
         for side in sides[1:] for name in scorers}
     choices = "".join(
-        f'<option value="{escape(key)}">{escape(key if len(sides) > 2 else key.partition("/")[2])}</option>'
-        for key in differences)
+        f'<option value="{escape(name)}">{escape(name if len(sides) > 2 else name.partition("/")[2])}</option>'
+        for name in differences)
     title = escape(f"{', '.join(sides[1:])} against {sides[0]}")
-    named = "".join(
+    models = "".join(
         f"<p>{key(i)}<b>{escape(side)}</b> is {escape(report['sides'][side])}</p>" for i, side in enumerate(sides))
-    script_data = json.dumps(differences).replace("<", "\\u003c")          # no </script> in a scorer's name
-    said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in report["settings"].items() if value != "")
-    parts = [
-        f"<h1>{title}</h1>{named}",
-        f'<p class="soft">{report["pictures"]} pictures a side, from the same seeds; {escape(said)}</p>',
+    settings = ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in report["settings"].items() if value != "")
+    body = [
+        f"<h1>{title}</h1>{models}",
+        f'<p class="soft">{report["pictures"]} pictures a side, from the same seeds; {escape(settings)}</p>',
         *[f'<p class="down">Not drawn alike: {escape(line)}</p>' for line in report.get("not_drawn_alike", [])],
         *[f'<p class="down">{escape(line)}</p>' for line in report["left_out"]],
         headline(report, sides, scorers),
@@ -140,10 +69,10 @@ def page(
         f'{choices}</select></label> <label><select id="first" aria-label="order">'
         '<option value="regressions">biggest regressions first</option>'
         '<option value="gains">biggest gains first</option></select></label></div>',
-        f'<div class="grid" style="--least: {min(230 * len(sides), 1100)}px" id="pairs">{"".join(pairs)}</div>',
-        f'<script type="application/json" id="differences">{script_data}</script><script>{SCRIPT}</script>']
-    return "\n".join(
-        [f"{HEAD}<title>{title}</title><style>{STYLE}</style></head><body>", *parts, "</body></html>\n"])
+        f'<div class="grid" style="--least: {min(230 * len(sides), 1100)}px" id="pairs">{"".join(pairs)}</div>']
+    return FRAME.substitute(
+        title=title, style=STYLE, script=SCRIPT, body="\n".join(body),
+        differences=json.dumps(differences).replace("<", "\\u003c"))           # no </script> in a scorer's name
 
 
 def key(i: int) -> str:
@@ -159,10 +88,6 @@ def percent(value: float | None, sign: str = "") -> str:
     return "-" if value is None else f"{value:{sign}.1f} %"
 
 
-def rgb_shift(shift: dict) -> str:
-    return " ".join(f"{levels:+.1f}" for levels in shift["rgb"])
-
-
 def headline(report: dict, sides: list[str], scorers: list[str]) -> str:
     """A row a side: win rates over mean scores, and the colour shift."""
     extra = [name for name in ("diversity", "fid") if name in report]
@@ -175,7 +100,7 @@ def headline(report: dict, sides: list[str], scorers: list[str]) -> str:
             cells.append(f"<b>{percent(rate)}</b>{mean}" if i else mean)
         if i:
             shift = report["candidates"][side]["colour_shift"]
-            cells += [percent(shift[name], "+") for name in HSV] + [f"{shift['hue_degrees']:.1f}°", rgb_shift(shift)]
+            cells += [percent(shift[name], "+") for name in HSV] + [f"{shift['hue_degrees']:.1f}°", rgb_levels(shift)]
         else:
             cells += [""] * 5
         cells += [f"{report[name][side]:.4g}" for name in extra]

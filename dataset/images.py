@@ -1,0 +1,89 @@
+"""Picture files that others made: listed with their prompts, and opened with suspicion."""
+
+import io
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from model.errors import UserError
+from model.files import read_lines
+from model.preprocess import over_white
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")        # Pillow knows more: an EPS would start Ghostscript
+Image.MAX_IMAGE_PIXELS = 64_000_000              # no picture of ours is larger; a bomb is refused, not unpacked
+LONGEST, STRETCHED = 16_384, 50                  # pixels a side; and long side over short side
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)                  # `open_picture` refuses these itself
+
+
+def open_picture(source: Path | bytes, where: str | None = None) -> Image.Image:
+    """A picture from a file or from a file's bytes: decoded to its end, upright, and RGB, over white where it is
+    transparent. Of an animation it is the first picture. `info` keeps the texts of a PNG and nothing else.
+
+    `where` is what errors call it (default: the path). Raises UserError where it is none of FORMATS, damaged, too
+    large, or not there.
+    """
+    where = str(source) if where is None else where
+    try:
+        if isinstance(source, Path) and not source.is_file():
+            raise UserError(f"{where}: no such picture")
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            if math.prod(image.size) > Image.MAX_IMAGE_PIXELS \
+                    or max(image.size) > min(LONGEST, STRETCHED * min(image.size)):
+                raise too_large(where, f"{image.width}x{image.height}")
+            image.load()
+            texts = {key: text for key, text in image.info.items() if isinstance(text, str)}
+            image = over_white(eight_bits(ImageOps.exif_transpose(image)))
+    except Image.DecompressionBombError:
+        raise too_large(where, "far too many") from None
+    except UserError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{where}: not a readable picture (none of {', '.join(FORMATS)})") from None
+    except Exception as error:                   # the decoders' errors have no class in common
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{where}: not a readable picture ({reason})") from None
+    image.info = texts                           # the others, such as a profile of CMYK, tell of the file as it was
+    return image
+
+
+def too_large(where: str, size: str) -> UserError:
+    return UserError(
+        f"{where}: {size} pixels; at most {LONGEST} a side, {Image.MAX_IMAGE_PIXELS} in all, and {STRETCHED} times as "
+        "long as wide")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits, whole or float, is scaled to 8: Pillow's own convert cuts it off at 255. Other pictures
+    stay as they are, but for the transparent colour that an RGB of 16 bits may have, of which Pillow keeps the high
+    bytes.
+
+    Whole numbers are of 16 bits, whatever they are kept in. Of floats nobody says which is white: it is the first of
+    1, 255 and 65535 that is not passed by twofold. Where all are, the brightest pixel is white.
+    """
+    clear = image.info.get("transparency")
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image).astype(np.float32)
+        values = np.where(np.isfinite(values), values, 0)
+        brightest = values.max()
+        usual = (1, 255, 65535) if image.mode == "F" else (65535,)
+        white = next((value for value in usual if brightest < 2 * value), brightest)
+        grey = (values / white * 255).round().clip(0, 255)
+        return Image.fromarray(np.where(values == clear, 255, grey).astype(np.uint8))
+    if isinstance(clear, tuple) and max(clear) > 255:
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    return image
+
+
+def read_listing(path: Path, **more: type) -> list[dict]:
+    """The lines of an images.jsonl, one a picture: `file`, `prompt`, and what else is asked for, each of its type."""
+    rows = read_lines(path, file=str, prompt=str, **more)
+    for row in rows:
+        if Path(row["file"]).is_absolute() or ".." in Path(row["file"]).parts:
+            raise UserError(f"{path}: {row['file']!r:.200} lies outside the folder")
+    if not rows:
+        raise UserError(f"{path}: no picture in it")
+    return [{key: row[key] for key in ("file", "prompt", *more)}
+            | {"prompt": row["prompt"].encode(errors="replace").decode()} for row in rows]      # half an emoji: ?

@@ -1,0 +1,107 @@
+"""Where a dataset's rows come from (`Source`): a pool that is kept, other people's pairs, one's own pictures; a pool
+that is drawn stands in build_dataset.py. And whether a folder that was begun goes with its source (`begin_dataset`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+
+from model.checkpoint import Pipeline
+from model.errors import UserError
+from model.files import digest_of, read_json
+from sampling.drawing import Drawing, fit, to_latent
+
+from .folder import begin, noted
+from .images import open_picture
+from .pool import Pool
+from .preferences import Preference, digest_of_source
+from .reader import check_files, dataset_digest, read_shard
+from .rows import Made, pending_rows, picture_path, row_files, scores_of
+
+
+@dataclass(frozen=True)
+class Source:
+    names: list                        # what each row is made from, as JSON can hold it; one a row
+    prompts: Callable[[int], str]      # of row k
+    make: Callable[[int], Made]
+    model: dict                        # what dataset.json says of the model: its name, sizes, scaling factor
+    inputs: dict[str, str]             # digests, by the option that names them
+    texts: Callable[[dict, str], dict | None] = lambda line, name: None          # of a picture, for its PNG
+    unet_rows: int = 0                 # that go through the U-Net for a row: guided, a picture takes two a step
+
+
+def from_kept(folder: Path, manifest: dict, pool: Pool) -> Source:
+    """Selects anew from the first `pool_size` pictures of a pool that is kept; no model is needed."""
+    shards = [read_shard(folder, manifest, name) for name in manifest["shards"]]
+    rows = [(line, tensors, i) for tensors, lines in shards for i, line in enumerate(lines)]
+    for line, tensors, _ in rows:
+        if "pool" not in tensors:
+            raise UserError(f"{folder}: made without --keep pool; it has no pool to select from")
+        scores = scores_of(line, folder)
+        if len(scores) < pool.pool_size:
+            raise UserError(f"--pool-size {pool.pool_size}: {folder} keeps {len(scores)} pictures a prompt")
+        if None in scores:
+            raise UserError(f"{folder}: drawn with previews, so that only {len(scores) - scores.count(None)} of "
+                            f"{len(scores)} pictures a prompt have a score to select by; draw a pool without")
+
+    def make(k: int) -> Made:
+        old, tensors, i = rows[k]
+        line = pool.pair({"prompt": old["prompt"], **{key: old[key][:pool.pool_size] for key in ("seeds", "scores")}})
+        if "left_out" in line:
+            return line, None, {}
+        ends = {"w": line["winner"], "l": line["loser"]}
+        latents = {f"latents_{name}": tensors["pool"][i][end] for name, end in ends.items()}
+        paths = {name: picture_path(folder, old["id"], f"{end:02d}") for name, end in ends.items()}
+        pictures = {name: open_picture(path) for name, path in paths.items() if path.is_file()}
+        return line, {**latents, "context": tensors["context"][i]}, pictures
+
+    model = {key: manifest[key] for key in ("model", "context_width", "scaling_factor", "latent") if key in manifest}
+    return Source(
+        [line["id"] for line, *_ in rows], lambda k: rows[k][0]["prompt"], make,
+        {**model, "drawn_with": manifest.get("options") or {}}, {"reselect": dataset_digest(folder, manifest)})
+
+
+def from_pictures(
+    pictures: list[Preference], pipeline: Pipeline, drawing: Drawing, model: dict, inputs: dict[str, str],
+) -> Source:
+    """Rows from pictures that exist, fitted to the size and encoded by the VAE: pairs, or single ones for SFT."""
+    def make(k: int) -> Made:
+        prompt, images = pictures[k].load()                    # 'w', and 'l' unless it is for SFT
+        fitted = {name: fit(image, drawing) for name, image in images.items()}
+        tensors = {f"latents_{name}": to_latent(pipeline, image) for name, image in fitted.items()}
+        return {"prompt": prompt}, {**tensors, "context": drawing.encode([prompt], pipeline)[0]}, fitted
+
+    return Source(
+        [digest_of_source([one]) for one in pictures], lambda k: pictures[k].prompt, make, model, inputs)
+
+
+def begin_dataset(
+    out: Path, options: dict, may_change: tuple[str, ...], source: Source, option: str, rows: int, part: int,
+    parts: int,
+) -> list[int]:
+    """Begins the folder or goes on with it; -> the rows that this job is to make. Rows may be added; those that are
+    there stay. `option` is the one that names the source. `options` keep the dtype that the folder was begun with."""
+    manifest = out / "dataset.json"
+    before = begin(manifest, options, source.inputs, (*may_change, "dtype"))
+    if before:
+        read_json(manifest, finished=bool, rows=int, rows_from=(str, NoneType), files=(dict, NoneType))
+        check_files(out, before)
+    had = before.get("rows", 0)
+    if rows < had:
+        raise UserError(f"{out}: {had} rows are begun, and now there are {rows}; go on with all of them (--limit)")
+    if before and digest_of(source.names[:had]) != before.get("rows_from"):
+        raise UserError(f"{out}: the first {had} rows of {option} are not those that it was begun with; rows may be "
+                        "added at the end, else choose another --out")
+    missing, failed = pending_rows(out, rows)
+    dtype = options["dtype"]
+    options["dtype"] = before.get("options", {}).get("dtype", dtype)
+    if dtype != options["dtype"] and missing:
+        raise UserError(f"{out}: begun with --dtype {options['dtype']}, and now it is {dtype}; only rows that failed "
+                        "may be drawn with another")
+    if not before or missing or failed:
+        noted(manifest, options, source.inputs, finished=False, rows=rows, rows_from=digest_of(source.names[:rows]))
+    mine = [number for number in failed if number % parts == part]
+    for number in mine:                        # no longer failed, but missing: no other job may finish without them
+        row_files(out, number)[1].unlink()
+    return sorted([number for number in missing if number % parts == part] + mine)

@@ -1,0 +1,1 @@
+"""Is it better? The sides of a comparison, who judges them, and the pages that show it."""

@@ -1,0 +1,39 @@
+"""The models that ship with the repository, and what the programs take by default for each: the one place where the
+product knows of the paper people.
+"""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+PAPER_PEOPLE = Path(__file__).parent.parent / "paper_people"
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A model that `--model` takes by its name, and its defaults. Code of its own stands here as "module:name", and is
+    imported by `named` when it is asked for: a user of another model never loads it."""
+
+    checkpoint: Path                   # a folder in diffusers' layout, with scorer/ and judge/ in it
+    prompts_train: Path                # build_dataset.py's: a miniature knows few words, and other lists have others
+    prompts_test: Path                 # evaluate.py's; no prompt is in both lists
+    scorer: str                        # build_dataset.py's: the one that chooses the pairs
+    scorers: str                       # evaluate.py's: that one, and a judge that never chose anything
+    judges: dict[str, str]             # name -> a function, device -> judge, which can tell of its pictures alone
+    vocabulary: str                    # a function -> the list of words that it knows, so that others can be named
+
+
+BUILT_IN = {
+    "paper-people": BuiltIn(
+        checkpoint=PAPER_PEOPLE / "checkpoint", prompts_train=PAPER_PEOPLE / "prompts_train.txt",
+        prompts_test=PAPER_PEOPLE / "prompts_test.txt", scorer="paper-people", scorers="paper-people,judge",
+        judges={
+            "judge": "paper_people.judge:load_score", "judge-clean": "paper_people.judge:load_clean",
+            "judge-matches": "paper_people.judge:load_matches", "judge-right": "paper_people.judge:load_right"},
+        vocabulary="paper_people.world:words")}
+
+
+def named(spec: str) -> object:
+    """What "module:name" stands for."""
+    module, _, name = spec.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,1 @@
+"""What every trainer shares: the folder of a run (`run`), several processes (`parallel`), less memory (`memory`)."""

@@ -1,0 +1,37 @@
+"""Activation checkpointing: what the backward pass computes again instead of keeping it."""
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from model.lora import lora_by_tensor, lora_layers
+from model.unet import GEGLU, ResBlock, Upsample
+
+
+def recomputed(function: Callable) -> Callable:
+    """The same function, of which autograd keeps the inputs alone."""
+    def call(*inputs):
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return call
+
+
+def save_memory(unet: nn.Module, gradient_checkpointing: bool, compile: bool) -> None:
+    """Norms, activations and upsampling are computed again, always: they cost little time and much memory. The
+    convolutions behind them are not run again, for checkpoint stops at the last tensor that it misses. A compiler finds
+    such places for itself. With `gradient_checkpointing` only the inputs of whole blocks are kept."""
+    if gradient_checkpointing:
+        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+            block.forward = recomputed(block.forward)
+    if compile:
+        if lora_layers(unet):
+            lora_by_tensor(unet)
+        unet.compile(dynamic=False)            # every step has the same shapes
+        return
+    for module in unet.modules():
+        if isinstance(module, ResBlock):
+            module.in_layers, module.out_layers = recomputed(module.in_layers), recomputed(module.out_layers)
+        elif isinstance(module, GEGLU):
+            module.gated = recomputed(module.gated)
+        elif isinstance(module, Upsample):
+            module.forward = recomputed(module.forward)

@@ -1,0 +1,31 @@
+"""The processes of torchrun: what they tell each other."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
+    """All processes' gradients become their mean, in one message."""
+    if world > 1:
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, grad in zip(parameters, (flat / world).split([p.numel() for p in parameters])):
+            p.grad.copy_(grad.view_as(p))
+
+
+def mean_of_processes(values: Tensor, world: int) -> Tensor:
+    if world == 1:
+        return values
+    dist.all_reduce(values)
+    return values / world
+
+
+def any_process(flag: bool, group: dist.ProcessGroup | None) -> bool:
+    """Whether it is set in any process. By gloo, between CPUs: to read it from a device would wait for that every
+    step."""
+    if group is None:
+        return flag
+    votes = torch.tensor(float(flag))
+    dist.all_reduce(votes, group=group)
+    return votes.item() > 0

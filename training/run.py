@@ -1,0 +1,101 @@
+"""The folder of a training run: its log, its checkpoint, its model card.
+
+    log.jsonl             a line a step
+    checkpoint/state.pt   what the run goes on from: step, parameters, optimizer
+    curves.png, README.md
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model.errors import UserError
+from model.files import is_a, read_lines, write_pickle, write_text
+from pictures import curves, write_png
+
+from .parallel import mean_of_processes
+
+CURVES = ("loss", "dpo", "stat", "implicit_accuracy", "grad_norm")
+
+
+def resume(out: Path, run: str, parameters: list[nn.Parameter], optimizer, rank: int) -> int:
+    """The step that the run in `out` has reached, with its parameters and optimizer; 0 for a new one. `run` is the
+    digest of what the run is."""
+    state_file, step = out / "checkpoint" / "state.pt", 0
+    if state_file.is_file():
+        try:
+            state = torch.load(state_file, map_location="cpu", weights_only=True)
+            if state["run"] != run or [p.shape for p in state["parameters"]] != [p.shape for p in parameters]:
+                raise ValueError("of another run")
+            optimizer.load_state_dict(state["optimizer"])
+            step = int(state["step"])
+        except Exception as error:             # zip, pickle, key and runtime errors alike mean a bad file
+            reason = " ".join(f"{error}".split())[:80]
+            raise UserError(f"{state_file}: not this run's checkpoint ({reason}); put the right one back, or remove "
+                            f"{state_file.parent} to begin anew") from None
+        for parameter, saved in zip(parameters, state["parameters"]):
+            parameter.data.copy_(saved)
+    for log_file in (out / "log.jsonl", out / "watch.jsonl"):
+        if rank == 0 and log_file.is_file():   # a killed run has logged steps past its checkpoint; they come again
+            lines = [line for line in read_lines(log_file, cut=True, step=int) if line["step"] <= step]
+            for line in lines:
+                if line.keys() != lines[0].keys() or not all(is_a(value, float) for value in line.values()):
+                    raise UserError(f"{log_file}: the line of step {line['step']} is damaged; mend or remove it")
+            write_text(log_file, "".join(json.dumps(line) + "\n" for line in lines))
+    return step
+
+
+def log_lines(steps: list[tuple[int, float, dict[str, Tensor]]], seconds: float, world: int) -> list[dict]:
+    """(step, learning rate, logs) of some steps -> their lines, all processes' mean. The one place where the device is
+    waited for."""
+    keys = list(steps[0][2])
+    values = torch.stack([torch.stack([logs[key].float() for key in keys]) for _, _, logs in steps])
+    return [{"step": step, **dict(zip(keys, row)), "lr": lr, "seconds": round(seconds, 4)}
+            for (step, lr, _), row in zip(steps, mean_of_processes(values, world).tolist())]
+
+
+def is_finite(line: dict) -> bool:
+    return math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
+
+
+def check_start(line: dict, at_start: dict[str, float]) -> None:
+    """Before the first step a new LoRA changes nothing: policy and reference are the same network, or precision or the
+    reference is wrong. So the loss is known."""
+    for key, expected in at_start.items():
+        if not math.isclose(line[key], expected, rel_tol=1e-5, abs_tol=1e-12):
+            raise UserError(f"step 1: {key} is {line[key]}, and must be {expected}; a bug")
+    print(f"step 1: {', '.join(f'{key} = {line[key]:g}' for key in at_start)}, as it must be")
+
+
+def append_lines(path: Path, lines: list[dict]) -> None:
+    with open(path, "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def save_checkpoint(out: Path, run: str, step: int, parameters: list[nn.Parameter], optimizer, card: str) -> None:
+    """Curves, the model card, which begins with `card`, and at last the checkpoint: what stands before it is written
+    again after a kill."""
+    log = read_lines(out / "log.jsonl", step=int)
+    shown = [key for key in CURVES if key in log[-1]]
+    write_png(out / "curves.png", curves({key: [line[key] for line in log] for key in shown}))
+    last = log[-50:]
+    keys = [key for key in last[0] if key not in ("step", "lr", "seconds")]
+    figures = {key: sum(line[key] for line in last) / len(last) for key in keys}
+    write_text(out / "README.md", card + f"\n| mean of the last {len(last)} steps | |\n|---|---|\n"
+               + "".join(f"| {key} | {value:.6g} |\n" for key, value in figures.items()))
+    write_pickle(out / "checkpoint" / "state.pt", {
+        "run": run, "step": step, "parameters": [p.detach().cpu() for p in parameters],
+        "optimizer": optimizer.state_dict()})
+
+
+def model_card(model: str, method: str, dataset: str, pairs: int, step: int, lora: bool, settings: dict) -> str:
+    """The head of a README.md fit for the Hub."""
+    use = ('```python\npipe.load_lora_weights(FOLDER, weight_name="lora.safetensors")\n'
+           "pipe.fuse_lora(lora_scale=0.5)\n```\n\n") if lora else ""
+    return (
+        f"---\nbase_model: {model}\nlibrary_name: diffusers\ntags: [stable-diffusion, dpo, lora]\n---\n\n"
+        f"# {method} on {model}\n\n{step} steps on {pairs} pairs of `{dataset}`.\n\n{use}"
+        "| setting | value |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in settings.items()))
