@@ -28,16 +28,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.folder import in_turn, locked, noted
+from dataset.folder import in_turn, locked, write_manifest
 from dataset.pool import Pool
 from dataset.preferences import export_pickapic, load_pyarrow, read_images, read_pairs
-from dataset.reader import read_manifest
-from dataset.rows import Made, make_rows, summarise
+from dataset.reader import is_finished, read_manifest
+from dataset.rows import Row, make_rows, summarise
 from dataset.sources import Source, begin_dataset, from_kept, from_pictures
-from model.builtin import BUILT_IN
+from model.builtin import BUILT_IN, default_scorer
 from model.checkpoint import Pipeline, load_pipeline
 from model.errors import UserError
-from model.files import digest_all, digest_of, files_read, read_json
+from model.files import digest_all, digest_of, files_read
 from model.scorers import load_scorer
 from pictures import parameters
 from sampling import SAMPLERS, Drawing, picture_settings, sample_latents, to_picture
@@ -123,7 +123,7 @@ def draw_pool(
 def pair_from_pool(
     pipeline: Pipeline, scorer: Callable, drawing: Drawing, pool: Pool, prompt: str, seeds: list[int], batch_size: int,
     keep_pool: bool,
-) -> Made:
+) -> Row:
     """Draws, scores and selects for one prompt -> its line, tensors and pictures."""
     contexts = drawing.encode([drawing.negative_prompt, prompt], pipeline)       # (2, M, D)
     line: dict = {"prompt": prompt, "seeds": seeds}
@@ -155,7 +155,7 @@ def from_prompts(
     keep_pool: bool, model: dict, inputs: dict[str, str],
 ) -> Source:
     """Rows from pools that are drawn: picture i of prompt k has the seed `seed + k * pool_size + i`."""
-    def make(k: int) -> Made:
+    def make(k: int) -> Row:
         first = seed + k * pool.pool_size
         return pair_from_pool(pipeline, scorer, drawing, pool, prompts[k], list(range(first, first + pool.pool_size)),
                               batch_size, keep_pool)
@@ -171,23 +171,7 @@ def from_prompts(
     return Source(prompts, prompts.__getitem__, make, model, inputs, texts, steps * (2 if drawing.guidance > 1 else 1))
 
 
-def default_scorer(model: str) -> str:
-    """The one that goes with the model: its own scorer/, or PickScore."""
-    own = Path(model) / "scorer"
-    return BUILT_IN[model].scorer if model in BUILT_IN else str(own) if own.is_dir() else "pickscore"
-
-
-def default_prompts(model: str) -> str:
-    if model not in BUILT_IN:
-        raise UserError("--prompts FILE is needed with this model")
-    return str(BUILT_IN[model].prompts_train)
-
-
 # The folder
-
-def is_finished(out: Path) -> bool:
-    return (out / "dataset.json").is_file() and read_json(out / "dataset.json").get("finished") is True
-
 
 def open_source(args) -> tuple[Source, dict, str]:
     """-> where rows come from, the options as they are noted, and where the work is done, in words."""
@@ -213,7 +197,9 @@ def open_source(args) -> tuple[Source, dict, str]:
                   else read_images(Path(args.from_images)))
         source = from_pictures(listed, pipeline, drawing, model, inputs)
     else:
-        prompts = cli.read_prompts(args.prompts or default_prompts(args.model), args.category)
+        if args.prompts is None and args.model not in BUILT_IN:
+            raise UserError("--prompts FILE is needed with this model")
+        prompts = cli.read_prompts(args.prompts or str(BUILT_IN[args.model].prompts_train), args.category)
         if twice := len(prompts) - len(set(prompts)):
             print(f"{twice} prompts repeat an earlier one; each is drawn, with seeds of its own")
         options["scorer"] = args.scorer or default_scorer(args.model)
@@ -253,10 +239,10 @@ def main() -> None:
                 print(f"{out}: this job's part is done; the others' are not")
             else:
                 drawn = rows - summary["counts"]["failed"]
-                noted(out / "dataset.json", options, source.inputs, finished=True, rows=rows,
+                write_manifest(out / "dataset.json", options, source.inputs, finished=True, rows=rows,
                       rows_from=digest_of(source.names[:rows]), **source.model, unet_rows=drawn * source.unet_rows,
                       **summary)
-                with cli.last_word():
+                with cli.print_from_any_rank():
                     print(f"{out}: {summary['counts']}")
         if summary and args.export_pickapic:
             export_pickapic(out, Path(args.export_pickapic))

@@ -266,9 +266,9 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        if rank_and_world()[0] > 0:              # of torchrun's processes the first speaks for all
-            silence = open(os.devnull, "w")
-            silence.behind, sys.stdout = sys.stdout, silence
+        if rank_and_world()[0] > 0:              # rank 0 alone prints
+            devnull = open(os.devnull, "w")
+            devnull.stdout, sys.stdout = sys.stdout, devnull
         main()
         sys.stdout.flush()
     except UserError as error:
@@ -287,9 +287,9 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(_say(f"out of memory ({str(error).splitlines()[0][:120] if str(error) else 'host'}); {less}", 2))
 
 
-def last_word() -> contextlib.AbstractContextManager:
-    """Within the block a silenced process speaks, too: of jobs that share a folder any may be the one that ends it."""
-    return contextlib.redirect_stdout(getattr(sys.stdout, "behind", sys.stdout))
+def print_from_any_rank() -> contextlib.AbstractContextManager:
+    """Within the block every rank prints: of jobs that share a folder any may be the one that ends it."""
+    return contextlib.redirect_stdout(getattr(sys.stdout, "stdout", sys.stdout))
 
 
 def _say(message: str, code: int) -> int:

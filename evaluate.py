@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dataset.folder import begin, in_turn, locked, noted
+from dataset.folder import in_turn, locked, open_manifest, write_manifest
 from dataset.images import open_picture
 from dataset.preferences import digest_of_source, read_pairs
 from evaluation.fid import fid
@@ -57,7 +57,7 @@ from evaluation.sides import (
     unlike_settings,
 )
 from evaluation.statistics import HSV, percent_and_interval, rgb_levels, summary, win_rate
-from model.builtin import BUILT_IN
+from model.builtin import BUILT_IN, default_scorers
 from model.checkpoint import Pipeline, load_pipeline
 from model.errors import UserError
 from model.files import digest_of, read_json, read_text, write_text
@@ -71,13 +71,6 @@ NOT_NOTED = ("out", "device", "batch_size", "shard", "scorers", "run", "fid", "l
 MAY_CHANGE = ("model", "vae", "prompts", "preference_accuracy")
 SHEET_COLUMNS = 12
 SHOWN = ("height", "width", "steps", "guidance", "sampler", "negative_prompt", "seed", "num_images", "dtype")
-
-
-def default_scorers(model: str) -> str:
-    own = Path(model) / "scorer"
-    if model in BUILT_IN:
-        return BUILT_IN[model].scorers
-    return str(own) if own.is_dir() else "pickscore,hpsv2,imagereward,aesthetic,clip"
 
 
 def parse_args():
@@ -131,7 +124,7 @@ def begin_evaluation(
 ) -> None:
     """Notes what the folder is for; refuses other contents, and what has changed since. New candidates may come."""
     contents = {side.name: {"is": str(side), "digest": digests[side.name]} for side in sides}
-    before = begin(out / "evaluation.json", options, inputs, MAY_CHANGE)
+    before = open_manifest(out / "evaluation.json", options, inputs, MAY_CHANGE)
     if before:
         read_json(out / "evaluation.json", sides=dict, judges=dict)
     for name, now in contents.items():
@@ -145,7 +138,7 @@ def begin_evaluation(
     for path in listings:
         if path.is_file() and read_text(path) != listing:
             raise UserError(f"{out}: begun with other prompts than --prompts has now; choose another --out")
-    noted(out / "evaluation.json", options, inputs, sides=before.get("sides", {}) | contents,
+    write_manifest(out / "evaluation.json", options, inputs, sides=before.get("sides", {}) | contents,
           judges=before.get("judges", {}))
     for path in listings:
         write_text(path, listing)
@@ -265,7 +258,7 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
         captions = [" ".join([name, *(f"{scores[name][i][scorer]:.2f}" for scorer in scorers[:1]), kept[i]["prompt"]])
                     for name, i in shown]
         write_png(out / "sheet.png", sheet([picture(name, kept[i]) for name, i in shown], captions, columns))
-    with cli.last_word():
+    with cli.print_from_any_rank():
         print(f"win rates against {sides[0]} (95 % interval), and colour shift:")
         print_candidates(report["candidates"], scorers)
         print(f"{out / 'report.html'} shows every pair")
@@ -316,7 +309,7 @@ def preference_accuracy(
         write_text(out / "report.json", json.dumps(report, indent=2) + "\n")
     lines = [[name, percent_and_interval(rate), f"{rate['percent_ties_half'] or 0:.1f} %"]
              for name, rate in rates.items()]
-    with cli.last_word():
+    with cli.print_from_any_rank():
         cli.print_table(["", "right (95 % interval)", "ties as half"], lines)
     return problems
 

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.folder import begin, clear_unfinished, locked, noted
+from dataset.folder import clear_unfinished, locked, open_manifest, write_manifest
 from dataset.images import open_picture
 from model.builtin import BUILT_IN, named
 from model.checkpoint import Pipeline, load_pipeline
@@ -80,7 +80,7 @@ def draw_all(
         kept = not save_latents or latent_file(row).is_file() or (out / "latents.safetensors").is_file()
         return (out / row["file"]).is_file() and kept
 
-    # A batch is drawn anew unless all of it is there: in another batch a picture would be rounded differently.
+    # A batch is drawn again unless all of it is there: in another batch a picture would be rounded differently.
     batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
     batches = [batch for batch in batches if not all(map(is_done, batch))]
 
@@ -135,8 +135,8 @@ def main() -> None:
     options = {name: value for name, value in options.items() if name not in NOT_NOTED}
     inputs = {"model": digest_all(files), "prompt": digest_of(args.prompt)}
     with locked(out):
-        begin(manifest, options, inputs, MAY_CHANGE)
-        noted(manifest, options, inputs)
+        open_manifest(manifest, options, inputs, MAY_CHANGE)
+        write_manifest(manifest, options, inputs)
         clear_unfinished(out)
         print(
             f"drawing {len(rows)} pictures of {drawing.width}x{drawing.height} with {pipeline.name}, "

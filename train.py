@@ -25,28 +25,27 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import ImageStat
 from torch import Tensor, nn
 
-from dataset.folder import begin, clear_unfinished, locked, noted
+from dataset.folder import clear_unfinished, locked, open_manifest, write_manifest
 from dataset.reader import Pairs
 from losses import LOSSES
 from losses.diffusion_dpo import pair_logs, squared_error
 from model.checkpoint import Pipeline, load_pipeline
 from model.errors import UserError
 from model.files import digest_all, digest_of, files_read, write_tensors, write_text
-from model.lora import ATTENTION_LINEARS, inject_lora, load_lora, lora_disabled, lora_layers, save_lora
-from pictures import sheet, write_png
-from sampling import Drawing, add_noise, encode_prompts, sample_latents, seeded, to_picture
+from model.lora import inject_lora, load_lora_to_train, lora_disabled, save_lora
+from sampling import add_noise, seeded
 from training.memory import save_memory
 from training.parallel import any_process, average_gradients
 from training.run import append_lines, check_start, is_finite, log_lines, model_card, resume, save_checkpoint
+from training.samples import draw_samples
 
 OPTIONS = {name: option for loss in LOSSES.values() for name, option in loss.options.items()}
 # What a run is, whatever it runs on. The first two losses' options are among it whatever the loss, as ever.
-FIXED = ("model", "data", "loss", "beta", "lambda_stat", "rank", "alpha", "lr", "warmup", "seed", "full", "init_lora",
+NOTED = ("model", "data", "loss", "beta", "lambda_stat", "rank", "alpha", "lr", "warmup", "seed", "full", "init_lora",
          "optimizer", "max_grad_norm", "dtype", "holdout", "prediction_type")
-NAMES = ("model", "data", "init_lora")         # of these the contents count
+MAY_CHANGE = ("model", "data", "init_lora")         # of these the contents count
 
 
 def parse_args():
@@ -147,7 +146,7 @@ def predictions(
     return {"eps": unet(x_t, t, context), **found}
 
 
-# The optimiser, and what is trained
+# The optimiser, and early signs
 
 def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     if name == "adamw":
@@ -157,22 +156,6 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> torc
     except ImportError:
         raise UserError("--optimizer adamw8bit needs bitsandbytes; `pip install bitsandbytes`, or use adamw") from None
     return AdamW8bit(parameters, lr=lr)
-
-
-def given_lora(path: str, pipeline: Pipeline) -> tuple[list[nn.Parameter], int, float]:
-    """--init-lora's file -> the parameters that are trained, their rank and alpha."""
-    load_lora(path, pipeline.unet, text_encoder=pipeline.text_encoder)
-    layers = lora_layers(pipeline.unet)
-    strange = [path for path in layers if not f".{path}".endswith(tuple(f".{end}" for end in ATTENTION_LINEARS))]
-    strange += [f"the text encoder's {path}" for path in lora_layers(pipeline.text_encoder)]
-    if strange:
-        raise UserError(
-            f"--init-lora {path}: covers {len(strange)} layers that are not trained here, such as "
-            f"{strange[0]}; only the U-Net's attention linears are. Merge the file into the model instead")
-    shapes = {(len(layer.lora_A["default"]), layer.lora_alpha["default"]) for layer in layers.values()}
-    if len(shapes) > 1:
-        raise UserError(f"--init-lora {path}: its layers differ in rank or alpha: {sorted(shapes)}")
-    return [p for layer in layers.values() for p in (layer.lora_A["default"], layer.lora_B["default"])], *shapes.pop()
 
 
 @torch.no_grad()
@@ -199,15 +182,9 @@ def watch(
         signs |= {f"held_out_{key}": value / len(held_out) for key, value in total.items()}
     rows = (held_out or list(range(len(data.rows))))[:8]
     _, context = data.batch(rows, device, dtype)
-    uncond = encode_prompts([""], pipeline.tokenizer, pipeline.text_encoder).to(dtype)            # (1, 77, D)
-    uncond = uncond.repeat(len(context), context.shape[1] // uncond.shape[1], 1)
-    height, width = (side * pipeline.vae.downscale for side in data.latent_size)
-    drawing = Drawing(height=height, width=width, steps=20)
-    latents = sample_latents(pipeline, drawing, context, uncond, list(range(len(rows))))
-    images = [to_picture(pipeline, latent, data.prompts[i], n) for n, (latent, i) in enumerate(zip(latents, rows))]
-    for name, value in zip("RGB", torch.tensor([ImageStat.Stat(image).mean for image in images]).mean(dim=0).tolist()):
-        signs[f"mean_{name}"] = value
-    write_png(out / "samples" / f"{step:06d}.png", sheet(images, [data.prompts[i] for i in rows], columns=4))
+    size = tuple(side * pipeline.vae.downscale for side in data.latent_size)
+    signs |= draw_samples(
+        out / "samples" / f"{step:06d}.png", pipeline, context, [data.prompts[i] for i in rows], size)
     append_lines(out / "watch.jsonl", [signs])
 
 
@@ -223,7 +200,7 @@ def main() -> None:
     with files_read() as files:
         pipeline = load_pipeline(
             args.model, device, torch.float32 if args.full else dtype, args.vae, args.prediction_type)
-    if pipeline.configs["scheduler"].get("prediction_type") == "v_prediction":
+    if pipeline.predicts_v:
         raise UserError(f"{args.model}: predicts v; training is written for models that predict the noise")
     unet, alphas_cumprod = pipeline.unet, pipeline.alphas_cumprod.to(device)
     loss_of = LOSSES[args.loss]
@@ -237,13 +214,11 @@ def main() -> None:
         parameters = list(unet.requires_grad_(True).parameters())
     elif args.init_lora:
         with files_read() as files:
-            parameters, args.rank, args.alpha = given_lora(args.init_lora, pipeline)
+            parameters, args.rank, args.alpha = load_lora_to_train(args.init_lora, unet, pipeline.text_encoder)
         inputs |= {"init_lora": digest_all(files)}
     else:
         parameters = inject_lora(
             unet, args.rank, args.alpha, generator=seeded("the LoRA's first weights", args.seed))
-    for parameter in parameters:
-        parameter.requires_grad_(True)
     if not args.sample_every:                              # nothing else needs them; their memory goes back
         pipeline.vae.to("meta")
         pipeline.text_encoder.to("meta")
@@ -254,8 +229,8 @@ def main() -> None:
     per_step = args.batch_size * args.grad_accum * world
     values = vars(args) | loss_options(args, data.latent_size)
     options = {name: values[name] for name in loss_of.options}
-    settings = {name: values[name] for name in FIXED} | options | {"pairs_per_step": per_step}
-    run = digest_of([{name: value for name, value in settings.items() if name not in NAMES}, inputs])
+    settings = {name: values[name] for name in NOTED} | options | {"pairs_per_step": per_step}
+    run = digest_of([{name: value for name, value in settings.items() if name not in MAY_CHANGE}, inputs])
 
     def save(step: int) -> None:
         if args.full:
@@ -269,9 +244,9 @@ def main() -> None:
 
     with locked(out) if rank == 0 else contextlib.nullcontext():
         if rank == 0:                                      # it alone writes in the folder; the others wait for it
-            begin(out / "config.json", settings, inputs, NAMES)
+            open_manifest(out / "config.json", settings, inputs, MAY_CHANGE)
             clear_unfinished(out)
-            noted(out / "config.json", settings, inputs)
+            write_manifest(out / "config.json", settings, inputs)
         if world > 1:
             dist.barrier()
         start = resume(out, run, parameters, optimizer, rank)

@@ -54,9 +54,9 @@ def in_turn(out: Path) -> Iterator[None]:
         yield
 
 
-def begin(manifest: Path, options: dict, inputs: dict[str, str], free: Container[str] = ()) -> dict:
+def open_manifest(manifest: Path, options: dict, inputs: dict[str, str], free: Container[str] = ()) -> dict:
     """-> what the manifest holds, {} where the folder is new. Refuses a folder with other contents, and whatever has
-    changed; options in `free` are noted, but may change. The caller writes the manifest, with `noted`."""
+    changed; options in `free` are noted, but may change. The caller writes the manifest, with `write_manifest`."""
     out = manifest.parent
     if not manifest.is_file():
         if any(path.name[0] != "." for path in out.iterdir()):
@@ -83,7 +83,7 @@ def refuse_other(out: Path, name: str, before: str | None, now: str | None) -> N
             "on with the old ones, or choose another --out")
 
 
-def noted(manifest: Path, options: dict, inputs: dict[str, str], **more) -> None:
+def write_manifest(manifest: Path, options: dict, inputs: dict[str, str], **more) -> None:
     """Writes the manifest."""
     content = {"format": FORMAT, **more, "options": options, "inputs": inputs}
     write_text(manifest, json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Picture files that others made: listed with their prompts, and opened with suspicion."""
+"""Picture files that others made: opened with suspicion, listed with their prompts, encoded."""
 
 import io
 import math
@@ -6,8 +6,11 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
+from model.checkpoint import Pipeline
 from model.errors import UserError
 from model.files import read_lines
 from model.preprocess import over_white
@@ -87,3 +90,16 @@ def read_listing(path: Path, **more: type) -> list[dict]:
         raise UserError(f"{path}: no picture in it")
     return [{key: row[key] for key in ("file", "prompt", *more)}
             | {"prompt": row["prompt"].encode(errors="replace").decode()} for row in rows]      # half an emoji: ?
+
+
+@torch.no_grad()
+def to_latent(image: Image.Image, pipeline: Pipeline) -> Tensor:
+    """A picture of a size that the VAE takes -> its scaled latent (4, h, w), the mean of the VAE's posterior."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+    pixels = pixels.to(pipeline.device).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return pipeline.vae.to_latent(pipeline.vae.encode(pixels)[0])[0]
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Scaled to cover the size, and cut around the centre."""
+    return ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""Reads a finished dataset, for training, selecting anew and export; refuses one that is not what its manifest says."""
+"""Reads a finished dataset, for training, reselection and export; refuses one that is not what its manifest says."""
 
 from pathlib import Path
 from types import NoneType
@@ -13,6 +13,10 @@ from sampling import same_length
 
 from .folder import FORMAT
 from .rows import pairs_of, row_number
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "dataset.json").is_file() and read_json(folder / "dataset.json").get("finished") is True
 
 
 def read_manifest(folder: Path) -> dict:
@@ -35,10 +39,10 @@ def read_manifest(folder: Path) -> dict:
 
 def check_files(folder: Path, manifest: dict) -> None:
     """Refuses shards that are not as they were when the dataset was finished."""
-    for name, known in (manifest.get("files") or {}).items():
+    for name, recorded in (manifest.get("files") or {}).items():
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder / name}: not there; get or make the dataset again")
-        if digest(folder / name) != known:
+        if digest(folder / name) != recorded:
             raise UserError(f"{folder / name}: not as it was when the dataset was finished; get or make it again")
 
 

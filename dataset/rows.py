@@ -42,7 +42,7 @@ SHEET_PAIRS = 12
 NEAR_TIE = 0.01                                # of the scorer's unit: a gap that is hardly a preference
 IN_A_ROW = 10                                  # so many failures one after another are no longer single bad rows
 
-Made = tuple[dict, dict[str, torch.Tensor] | None, dict[str, Image.Image]]       # line, tensors, pictures
+Row = tuple[dict, dict[str, torch.Tensor] | None, dict[str, Image.Image]]       # line, tensors, pictures
 
 
 def shard_numbers(shard: int, rows: int) -> range:
@@ -78,8 +78,8 @@ def pending_rows(out: Path, rows: int) -> tuple[list[int], list[int]]:
         if pairs.is_file():
             lines = read_lines(pairs, id=str)
             notes = read_lines(left_out, id=str, failed=bool) if left_out.is_file() else []
-            if strange := {row_number(line, pairs) for line in (*lines, *notes)} - set(numbers):
-                raise UserError(f"{pairs}: row {min(strange)} does not belong there; get or make the dataset again")
+            if unexpected := {row_number(line, pairs) for line in (*lines, *notes)} - set(numbers):
+                raise UserError(f"{pairs}: row {min(unexpected)} does not belong there; get or make the dataset again")
             if len(lines) + len(notes) == len(numbers) and not any(note["failed"] for note in notes):
                 continue
             rows_of = read_tensors(tensors) if lines else {}
@@ -113,7 +113,7 @@ def row_number(line: dict, where: Path) -> int:
 
 
 def make_row(
-    out: Path, number: int, prompt: str, make: Callable[[int], Made], texts: Callable[[dict, str], dict | None],
+    out: Path, number: int, prompt: str, make: Callable[[int], Row], texts: Callable[[dict, str], dict | None],
     images: str = "pair",
 ) -> str | None:
     """Makes row `number`; its file comes last, after its pictures. `make` returns no tensors for a row that is no pair,
@@ -177,7 +177,7 @@ def join_rows(out: Path, shard: int, numbers: range) -> bool:
 
 
 def make_rows(
-    out: Path, rows: int, pending: list[int], prompts: Callable[[int], str], make: Callable[[int], Made],
+    out: Path, rows: int, pending: list[int], prompts: Callable[[int], str], make: Callable[[int], Row],
     texts: Callable[[dict, str], dict | None], images: str, progress: Callable,
 ) -> list[str]:
     """Makes the `pending` rows, and joins what shards they complete. -> what went wrong; a run of failures ends it."""

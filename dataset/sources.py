@@ -10,21 +10,21 @@ from types import NoneType
 from model.checkpoint import Pipeline
 from model.errors import UserError
 from model.files import digest_of, read_json
-from sampling.drawing import Drawing, fit, to_latent
+from sampling import Drawing
 
-from .folder import begin, noted
-from .images import open_picture
+from .folder import open_manifest, write_manifest
+from .images import fit, open_picture, to_latent
 from .pool import Pool
 from .preferences import Preference, digest_of_source
 from .reader import check_files, dataset_digest, read_shard
-from .rows import Made, pending_rows, picture_path, row_files, scores_of
+from .rows import Row, pending_rows, picture_path, row_files, scores_of
 
 
 @dataclass(frozen=True)
 class Source:
     names: list                        # what each row is made from, as JSON can hold it; one a row
     prompts: Callable[[int], str]      # of row k
-    make: Callable[[int], Made]
+    make: Callable[[int], Row]
     model: dict                        # what dataset.json says of the model: its name, sizes, scaling factor
     inputs: dict[str, str]             # digests, by the option that names them
     texts: Callable[[dict, str], dict | None] = lambda line, name: None          # of a picture, for its PNG
@@ -32,7 +32,7 @@ class Source:
 
 
 def from_kept(folder: Path, manifest: dict, pool: Pool) -> Source:
-    """Selects anew from the first `pool_size` pictures of a pool that is kept; no model is needed."""
+    """Selects again from the first `pool_size` pictures of a pool that is kept; no model is needed."""
     shards = [read_shard(folder, manifest, name) for name in manifest["shards"]]
     rows = [(line, tensors, i) for tensors, lines in shards for i, line in enumerate(lines)]
     for line, tensors, _ in rows:
@@ -45,7 +45,7 @@ def from_kept(folder: Path, manifest: dict, pool: Pool) -> Source:
             raise UserError(f"{folder}: drawn with previews, so that only {len(scores) - scores.count(None)} of "
                             f"{len(scores)} pictures a prompt have a score to select by; draw a pool without")
 
-    def make(k: int) -> Made:
+    def make(k: int) -> Row:
         old, tensors, i = rows[k]
         line = pool.pair({"prompt": old["prompt"], **{key: old[key][:pool.pool_size] for key in ("seeds", "scores")}})
         if "left_out" in line:
@@ -66,10 +66,10 @@ def from_pictures(
     pictures: list[Preference], pipeline: Pipeline, drawing: Drawing, model: dict, inputs: dict[str, str],
 ) -> Source:
     """Rows from pictures that exist, fitted to the size and encoded by the VAE: pairs, or single ones for SFT."""
-    def make(k: int) -> Made:
+    def make(k: int) -> Row:
         prompt, images = pictures[k].load()                    # 'w', and 'l' unless it is for SFT
-        fitted = {name: fit(image, drawing) for name, image in images.items()}
-        tensors = {f"latents_{name}": to_latent(pipeline, image) for name, image in fitted.items()}
+        fitted = {name: fit(image, drawing.width, drawing.height) for name, image in images.items()}
+        tensors = {f"latents_{name}": to_latent(image, pipeline) for name, image in fitted.items()}
         return {"prompt": prompt}, {**tensors, "context": drawing.encode([prompt], pipeline)[0]}, fitted
 
     return Source(
@@ -83,7 +83,7 @@ def begin_dataset(
     """Begins the folder or goes on with it; -> the rows that this job is to make. Rows may be added; those that are
     there stay. `option` is the one that names the source. `options` keep the dtype that the folder was begun with."""
     manifest = out / "dataset.json"
-    before = begin(manifest, options, source.inputs, (*may_change, "dtype"))
+    before = open_manifest(manifest, options, source.inputs, (*may_change, "dtype"))
     if before:
         read_json(manifest, finished=bool, rows=int, rows_from=(str, NoneType), files=(dict, NoneType))
         check_files(out, before)
@@ -100,7 +100,8 @@ def begin_dataset(
         raise UserError(f"{out}: begun with --dtype {options['dtype']}, and now it is {dtype}; only rows that failed "
                         "may be drawn with another")
     if not before or missing or failed:
-        noted(manifest, options, source.inputs, finished=False, rows=rows, rows_from=digest_of(source.names[:rows]))
+        write_manifest(
+            manifest, options, source.inputs, finished=False, rows=rows, rows_from=digest_of(source.names[:rows]))
     mine = [number for number in failed if number % parts == part]
     for number in mine:                        # no longer failed, but missing: no other job may finish without them
         row_files(out, number)[1].unlink()

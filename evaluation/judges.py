@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.folder import in_turn, noted
+from dataset.folder import in_turn, write_manifest
+from dataset.images import fit, to_latent
 from losses.diffusion_dpo import squared_error
 from model.builtin import BUILT_IN, named
 from model.checkpoint import Pipeline
@@ -31,7 +32,6 @@ from model.lora import lora_disabled
 from model.preprocess import clip_preprocess, to_batch
 from model.scorers import load_scorer
 from sampling import Drawing, add_noise, guided_eps, seeded
-from sampling.drawing import fit, to_latent
 
 from .statistics import HSV, RGB, colours, spread
 
@@ -88,17 +88,17 @@ class ImplicitReward:
     def reward(self, image: Image.Image, prompt: str) -> Tensor:
         pipeline, unet = self.pipeline, self.pipeline.unet
         alphas_cumprod = pipeline.alphas_cumprod.to(pipeline.device)
-        x0 = to_latent(pipeline, fit(image, self.drawing))                                       # (4, h, w)
+        x0 = to_latent(fit(image, self.drawing.width, self.drawing.height), pipeline)            # (4, h, w)
         generator = seeded(f"t and noise of the implicit reward for {prompt}", self.seed)
         t = (torch.arange(DRAWS) + torch.rand(DRAWS, generator=generator)) * (1000 / DRAWS)      # one in each tenth
         t = t.long().clamp(max=999).to(pipeline.device)
         noise = torch.randn(DRAWS, *x0.shape, generator=generator).to(pipeline.device)
         x_t = add_noise(x0.expand_as(noise), noise, t, alphas_cumprod)
-        of_v = alphas_cumprod if pipeline.configs["scheduler"].get("prediction_type") == "v_prediction" else None
+        v_schedule = alphas_cumprod if pipeline.predicts_v else None
 
         def error() -> Tensor:                                                                   # (DRAWS,)
             context = self.drawing.encode([prompt], pipeline).expand(DRAWS, -1, -1)
-            return squared_error(guided_eps(unet, context, context, 1.0, of_v)(x_t, t), noise)
+            return squared_error(guided_eps(unet, context, context, 1.0, v_schedule)(x_t, t), noise)
 
         with lora_disabled(unet), lora_disabled(pipeline.text_encoder):
             error_ref = error()
@@ -146,7 +146,7 @@ def note_judge(out: Path, name: str, digest: str) -> None:
         if manifest["judges"].setdefault(name, digest) != digest:
             raise Changed(f"{out}: {name} has changed since it gave the scores that are here; choose another --out")
         more = {key: manifest[key] for key in ("sides", "judges")}
-        noted(out / "evaluation.json", manifest["options"], manifest["inputs"], **more)
+        write_manifest(out / "evaluation.json", manifest["options"], manifest["inputs"], **more)
 
 
 class Changed(UserError):

@@ -33,6 +33,20 @@ BUILT_IN = {
         vocabulary="paper_people.world:words")}
 
 
+def default_scorer(model: str) -> str:
+    """What build_dataset.py selects by: the scorer that goes with the model, its own scorer/, or PickScore."""
+    own = Path(model) / "scorer"
+    return BUILT_IN[model].scorer if model in BUILT_IN else str(own) if own.is_dir() else "pickscore"
+
+
+def default_scorers(model: str) -> str:
+    """What evaluate.py judges by, likewise."""
+    own = Path(model) / "scorer"
+    if model in BUILT_IN:
+        return BUILT_IN[model].scorers
+    return str(own) if own.is_dir() else "pickscore,hpsv2,imagereward,aesthetic,clip"
+
+
 def named(spec: str) -> object:
     """What "module:name" stands for."""
     module, _, name = spec.partition(":")

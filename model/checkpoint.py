@@ -57,6 +57,11 @@ class Pipeline:
         return self.unet.conv_in.weight.dtype
 
     @property
+    def predicts_v(self) -> bool:
+        """Whether the U-Net predicts v in place of eps."""
+        return self.configs["scheduler"].get("prediction_type") == "v_prediction"
+
+    @property
     def context_width(self) -> int:
         """The width of the text features that the U-Net attends to: 768 for SD1.5."""
         return self.text_encoder.text_model.final_layer_norm.normalized_shape[0]

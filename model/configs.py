@@ -69,10 +69,10 @@ def unet_arguments(config: dict, where: str) -> dict:
     down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
     up = config.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
     attention = [kind == "CrossAttnDownBlock2D" for kind in down] if isinstance(down, list) else []
-    known = [("CrossAttnDownBlock2D" if a else "DownBlock2D") for a in attention]
+    expected = [("CrossAttnDownBlock2D" if a else "DownBlock2D") for a in attention]
     mirrored = [("CrossAttnUpBlock2D" if a else "UpBlock2D") for a in reversed(attention)]
-    if down != known or up != mirrored:
-        refuse(where, "down_block_types / up_block_types", (down, up), (known, mirrored))
+    if down != expected or up != mirrored:
+        refuse(where, "down_block_types / up_block_types", (down, up), (expected, mirrored))
     arguments = numbers(where, config, {
         "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "attention_head_dim": 8,
         "cross_attention_dim": 1280, "norm_num_groups": 32})

@@ -108,19 +108,19 @@ def digest(path: Path) -> str:
     key = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
     keep = stat.st_size >= LARGE and time.time() - stat.st_ctime > RACY
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hg-dpo" / "digests.json"
-    known: dict = {}
+    cached: dict = {}
     if keep:
         with contextlib.suppress(UserError, OSError):
-            known = read_json(cache)
-        if isinstance(known.get(key), str):
-            return known[key]
+            cached = read_json(cache)
+        if isinstance(cached.get(key), str):
+            return cached[key]
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             sha.update(block)
     if keep:
         with contextlib.suppress(OSError):
-            write_text(cache, json.dumps({**known, key: sha.hexdigest()}, indent=0))
+            write_text(cache, json.dumps({**cached, key: sha.hexdigest()}, indent=0))
     return sha.hexdigest()
 
 

@@ -56,7 +56,7 @@ def fit(
     """Trains `module` in place and leaves it with the moving average of its weights; returns the seconds it took.
 
     loss_of_step(step) -> loss, values to show. It draws what it needs from torch's global generator, which is seeded
-    anew for every step: so a run that was killed goes on, from its state of at most a minute ago, as if it had not
+    again for every step: so a run that was killed goes on, from its state of at most a minute ago, as if it had not
     been. The result is kept in `folder`: a second call only reads it.
     """
     result, state_file = folder / f"{name}.safetensors", folder / f"{name}.state.pt"

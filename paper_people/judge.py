@@ -101,7 +101,7 @@ def load_judge(folder: str | Path) -> Judge:
     """The judge of a checkpoint: `folder` holds config.json and model.safetensors."""
     config = read_json(Path(folder) / "config.json")
     if config.get("heads") != HEADS:
-        raise UserError(f"{folder}: a judge of {config.get('heads')}, expected {HEADS}; make it anew")
+        raise UserError(f"{folder}: a judge of {config.get('heads')}, expected {HEADS}; make it again")
     path = Path(folder) / "model.safetensors"
     return load_weights(lambda: Judge(tuple(config["widths"])), read_tensors(path), path, "cpu", torch.float32)
 

@@ -4,7 +4,7 @@
     python -m paper_people.pairs --pack data               # keeps a dataset of build_dataset.py as the shipped ones
 
 They were made, with the checkpoint beside them, by the command that pairs/dataset.json tells; only winners' and losers'
-latents are kept. The texts are encoded anew; of the pictures only the sheet's are decoded.
+latents are kept. The texts are encoded again; of the pictures only the sheet's are decoded.
 """
 
 import cli
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from dataset.folder import begin, locked, noted
+from dataset.folder import locked, open_manifest, write_manifest
 from dataset.reader import read_manifest, read_shard
-from dataset.rows import SHEET_PAIRS, Made, make_rows, pending_rows, summarise
+from dataset.rows import SHEET_PAIRS, Row, make_rows, pending_rows, summarise
 from model.builtin import PAPER_PEOPLE
 from model.checkpoint import load_pipeline
 from model.errors import UserError
@@ -50,7 +50,7 @@ def unpack(out: Path) -> None:
         raise UserError(f"{PAIRS}: made with another checkpoint; make them again, then --pack")
 
     @torch.no_grad()
-    def row(k: int) -> Made:
+    def row(k: int) -> Row:
         context = encode_prompts([lines[k]["prompt"]], pipeline.tokenizer, pipeline.text_encoder)[0]
         tensors = {key: tensor[k] for key, tensor in latents.items()}
 
@@ -64,12 +64,12 @@ def unpack(out: Path) -> None:
     rows, options, inputs = len(lines), manifest["options"], {"model": digest_all(files)}
     model = {key: manifest[key] for key in ("model", "context_width", "scaling_factor", "latent")}
     with locked(out):
-        before = begin(out / "dataset.json", options, inputs)
+        before = open_manifest(out / "dataset.json", options, inputs)
         missing, _ = pending_rows(out, rows)
         if not before or missing:
-            noted(out / "dataset.json", options, inputs, finished=False, rows=rows)
+            write_manifest(out / "dataset.json", options, inputs, finished=False, rows=rows)
         make_rows(out, rows, missing, lambda k: lines[k]["prompt"], row, lambda line, name: None, "pair", cli.progress)
-        noted(out / "dataset.json", options, inputs, finished=True, rows=rows, **model, **summarise(out, rows))
+        write_manifest(out / "dataset.json", options, inputs, finished=True, rows=rows, **model, **summarise(out, rows))
 
 
 def main() -> None:

@@ -250,10 +250,10 @@ def unet_loss(
         x0 = latents[rows].float()
         eps = torch.randn_like(x0)
         x_t = add_noise(x0, eps, t, alphas_cumprod)
-        said = torch.where(torch.rand(32, 1) < CAPTION_DROPOUT, empty, ids[rows])                # (B, 77)
+        shown_ids = torch.where(torch.rand(32, 1) < CAPTION_DROPOUT, empty, ids[rows])                # (B, 77)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                context = text_encoder(said)
+                context = text_encoder(shown_ids)
             predicted = unet(x_t, t, context)
         loss = (predicted.float() - eps).pow(2).flatten(1).mean(1)                               # (B,)
         snr = alphas_cumprod[t] / (1 - alphas_cumprod[t])

@@ -88,15 +88,15 @@ def make_loss(student: Student, tokenizer: Tokenizer, triples: dict[str, np.ndar
         x = data.augment(data.to_tensor(pictures))                               # (3B, 3, 64, 64), or 2B
         with torch.autocast("cpu", torch.bfloat16):
             features, seen = student.see(x)
-            said, words = student.read(torch.cat([ids[rows], ids_other[rows]]))
+            text, words = student.read(torch.cat([ids[rows], ids_other[rows]]))
             attribute_logits = [head(features) for head in student.attributes]
             anatomy_logits = student.anatomy(features)
         scale = student.clip.logit_scale.clamp(max=4.6).exp()
         good, other, *broken = seen.float().split(batch)                         # (B, P) each
-        said, said_other = said.float().chunk(2)
+        text, text_other = text.float().chunk(2)
 
         # Contrastive: every caption has its picture, and one that differs from it in a single attribute.
-        logits = scale * torch.cat([good, other]) @ torch.cat([said, said_other]).T
+        logits = scale * torch.cat([good, other]) @ torch.cat([text, text_other]).T
         diagonal = torch.arange(2 * batch)
         contrastive = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
 
@@ -109,10 +109,10 @@ def make_loss(student: Student, tokenizer: Tokenizer, triples: dict[str, np.ndar
                 return scale * (image * text).sum(dim=1)
 
             margins = torch.stack([
-                score(good, said) - score(*broken, said),
-                score(good, said) - score(other, said),
-                score(other, said_other) - score(good, said_other),
-                score(good, said) - score(good, said_other)])                    # (4, B)
+                score(good, text) - score(*broken, text),
+                score(good, text) - score(other, text),
+                score(other, text_other) - score(good, text_other),
+                score(good, text) - score(good, text_other)])                    # (4, B)
             bradley_terry = -F.logsigmoid(margins)
             bradley_terry = 0.5 * bradley_terry[0].mean() + 0.5 * bradley_terry[1:].mean()
             anatomy = torch.cat([torch.zeros(2 * batch).long(), faults[rows]])

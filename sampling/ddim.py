@@ -9,14 +9,8 @@ from .schedule import T, at, timesteps, x0_from_eps
 
 
 def ddim_step(
-    eps: Tensor,
-    x_t: Tensor,
-    t: int | Tensor,
-    t_prev: int | Tensor,
-    alphas_cumprod: Tensor,
-    eta: float = 0.0,
-    noise: Tensor | None = None,
-    set_alpha_to_one: bool = False,
+    eps: Tensor, x_t: Tensor, t: int | Tensor, t_prev: int | Tensor, alphas_cumprod: Tensor, eta: float = 0.0,
+    noise: Tensor | None = None, set_alpha_to_one: bool = False,
 ) -> Tensor:
     """One step x_t -> x_{t_prev} (DDIM, Eq. 12). eps, x_t, noise (B, C, H, W); t and t_prev ints or (B,).
 
@@ -32,11 +26,7 @@ def ddim_step(
 
 
 def sample_ddim(
-    eps_fn: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    alphas_cumprod: Tensor,
-    steps: int,
-    scheduler: dict,
+    eps_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, alphas_cumprod: Tensor, steps: int, scheduler: dict,
     after_step: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """x (B, C, H, W), pure noise -> x0, at eta 0; arguments as in `sample_dpm_solver`."""

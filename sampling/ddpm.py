@@ -28,13 +28,8 @@ def ddpm_step(
 
 
 def sample_ddpm(
-    eps_fn: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    alphas_cumprod: Tensor,
-    steps: int,
-    scheduler: dict,
-    generators: list[torch.Generator],
-    after_step: Callable[[Tensor], Tensor] | None = None,
+    eps_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, alphas_cumprod: Tensor, steps: int, scheduler: dict,
+    generators: list[torch.Generator], after_step: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """x (B, C, H, W), pure noise -> x0; arguments as in `sample_dpm_solver`, and a CPU generator a picture, so that a
     picture does not depend on its batch."""

@@ -59,11 +59,7 @@ def dpm_solver_step(x0: Tensor, x: Tensor, sigmas: Tensor, i: int, x0_prev: Tens
 
 
 def sample_dpm_solver(
-    eps_fn: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    alphas_cumprod: Tensor,
-    steps: int,
-    scheduler: dict,
+    eps_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, alphas_cumprod: Tensor, steps: int, scheduler: dict,
     after_step: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """x (B, C, H, W), pure noise -> x0 in `steps` steps. eps_fn(x, t (B,)) -> eps; `scheduler` is the checkpoint's

@@ -1,4 +1,4 @@
-"""Drawing: a pipeline, prompts and seeds -> latents -> pictures, the way a `Drawing` says; and pictures -> latents.
+"""Drawing: a pipeline, prompts and seeds -> latents -> pictures, the way a `Drawing` says.
 
     drawing = Drawing(height=1024, width=704, steps=50).for_model(pipeline)
     for latent, picture in draw_pictures(pipeline, drawing, ["a woman in a red coat"], seeds=[0]): ...
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from model.errors import UserError
@@ -91,7 +91,7 @@ def sample_latents(
     x, generators = initial_noise(
         seeds, drawing.height // pipeline.vae.downscale, drawing.width // pipeline.vae.downscale)
     x = x.to(pipeline.device)
-    of_v = alphas_cumprod if scheduler.get("prediction_type") == "v_prediction" else None
+    v_schedule = alphas_cumprod if pipeline.predicts_v else None
     sampler = SAMPLERS[drawing.sampler]
     noise = {"generators": generators} if sampler.stochastic else {}
 
@@ -99,9 +99,9 @@ def sample_latents(
         return sampler.sample(
             eps_fn, x, alphas_cumprod, drawing.steps, scheduler, after_step=after_step, **noise)
 
-    eps_fn = guided_eps(pipeline.unet, context, context_uncond, drawing.guidance, of_v)
+    eps_fn = guided_eps(pipeline.unet, context, context_uncond, drawing.guidance, v_schedule)
     if lan:
-        eps_fn_ref = guided_eps(pipeline.base_unet, context, context_uncond, drawing.guidance, of_v)
+        eps_fn_ref = guided_eps(pipeline.base_unet, context, context_uncond, drawing.guidance, v_schedule)
         return sample_lan(sample, eps_fn, eps_fn_ref, x)
     return sample(eps_fn, x)
 
@@ -127,19 +127,6 @@ def to_picture(pipeline: Pipeline, latent: Tensor, prompt: str, seed: int) -> Im
             f"seed {seed}, prompt {prompt[:80]!r}: NaN or infinite values instead of a picture; a lower --guidance, "
             "weight of a LoRA or of a word, or --dtype float32 may help")
     return to_images(pixels)[0]
-
-
-@torch.no_grad()
-def to_latent(pipeline: Pipeline, image: Image.Image) -> Tensor:
-    """A picture of a size that the VAE takes -> its scaled latent (4, h, w), the mean of the VAE's posterior."""
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
-    pixels = pixels.to(pipeline.device).permute(2, 0, 1)[None].float() / 127.5 - 1
-    return pipeline.vae.to_latent(pipeline.vae.encode(pixels)[0])[0]
-
-
-def fit(image: Image.Image, drawing: Drawing) -> Image.Image:
-    """Scaled to cover the drawing's size, and cut around the centre."""
-    return ImageOps.fit(image.convert("RGB"), (drawing.width, drawing.height), Image.Resampling.LANCZOS)
 
 
 def draw_pictures(

@@ -9,10 +9,7 @@ from .schedule import eps_from_v
 
 
 def guided_eps(
-    unet: Callable[[Tensor, Tensor, Tensor], Tensor],
-    context: Tensor,
-    context_uncond: Tensor,
-    guidance_scale: float,
+    unet: Callable[[Tensor, Tensor, Tensor], Tensor], context: Tensor, context_uncond: Tensor, guidance_scale: float,
     alphas_cumprod: Tensor | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """-> eps_fn(x_t (B, C, H, W), t (B,)): eps_uncond + guidance_scale * (eps_cond - eps_uncond), by one U-Net call on

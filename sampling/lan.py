@@ -18,10 +18,8 @@ def match_statistics(x: Tensor, x_ref: Tensor) -> Tensor:
 
 
 def sample_lan(
-    sample: Callable[[Callable, Tensor, Callable], Tensor],
-    eps_fn: Callable[[Tensor, Tensor], Tensor],
-    eps_fn_ref: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
+    sample: Callable[[Callable, Tensor, Callable], Tensor], eps_fn: Callable[[Tensor, Tensor], Tensor],
+    eps_fn_ref: Callable[[Tensor, Tensor], Tensor], x: Tensor,
 ) -> Tensor:
     """x (B, C, H, W), pure noise -> the tuned model's x0. `sample(eps_fn, x, after_step)` is any deterministic sampler
     with the rest of its arguments filled in; eps_fn is the tuned model's, eps_fn_ref the base's, guided alike."""

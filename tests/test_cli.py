@@ -98,8 +98,9 @@ def test_every_program_imports_cli_first():
         assert [line for line in lines if line][:2] == ["import cli", "# isort: split"], name
 
 
-def test_of_torchruns_processes_the_first_speaks():
+def test_rank_0_alone_prints():
     for rank, said in (("0", "hello\n"), ("1", "")):
-        done = ended("print('hello')\nfor _ in cli.progress([1], 1, 'x'): pass\nwith cli.last_word(): print('table')",
+        done = ended("print('hello')\nfor _ in cli.progress([1], 1, 'x'): pass\n"
+                     "with cli.print_from_any_rank(): print('table')",
                      env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"})
         assert done.stdout == f"{said}table\n" and ("x 1/1" in done.stderr) == bool(said)

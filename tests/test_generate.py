@@ -334,7 +334,7 @@ def test_it_goes_on_where_it_was_killed(run, monkeypatch, tmp_path, tiny, capsys
                 raise Killed
             return function(*args, **kwargs)
         return call
-    for name in ("noted", "write_png", "write_tensors", "write_text"):
+    for name in ("write_manifest", "write_png", "write_tensors", "write_text"):
         monkeypatch.setattr(generate, name, counted(getattr(generate, name)))
     for number in range(1, 13):
         left[0] = number

@@ -94,10 +94,10 @@ def test_statistics_are_the_bases_after_every_step(name):
     steps = []
 
     def sample(eps_fn, x, after_step):
-        def noted(x):
+        def recorded(x):
             steps.append(after_step(x))
             return steps[-1]
-        return samplers()[name](eps_fn, x, noted)
+        return samplers()[name](eps_fn, x, recorded)
 
     result = sample_lan(sample, made_up(0.9, 0.3), made_up(0.8, -0.2), x)
     assert len(steps) == 10

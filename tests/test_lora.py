@@ -26,7 +26,6 @@ from model import ldm
 from model.checkpoint import load_pipeline, save_pipeline
 from model.errors import UserError
 from model.lora import (
-    UNET,
     base_state_dict,
     inject_lora,
     load_lora,
@@ -35,9 +34,10 @@ from model.lora import (
     merge_lora,
     save_lora,
     set_lora_weight,
-    stems,
+    split_lora,
     unmerge_lora,
 )
+from model.lora.files import UNET, stems
 from model.unet import UNet
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -656,3 +656,11 @@ def test_settings_that_cannot_be_read(unet, tmp_path, settings, wanted):
         else:
             load_lora(tmp_path / f"{name}.safetensors", unet, name=name)
             assert lora_layers(unet)[TO_Q].lora_alpha[name] == wanted
+
+
+def test_a_file_and_its_weight():
+    assert split_lora("a/b.safetensors:0.5") == ("a/b.safetensors", 0.5)
+    assert split_lora("c:b.safetensors") == ("c:b.safetensors", 1.0) and split_lora(":1") == (":1", 1.0)
+    for weight in ("nan", "inf", "1e999"):
+        with pytest.raises(UserError, match="finite number"):
+            split_lora(f"a:{weight}")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import build_dataset
 from dataset import preferences
+from dataset.images import fit
 from dataset.preferences import (
     ABOUT_PEOPLE,
     PREFERENCE_FORMATS,
@@ -27,7 +28,6 @@ from dataset.preferences import (
 )
 from model.checkpoint import load_pipeline
 from model.errors import UserError
-from sampling.drawing import Drawing, fit
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "white": (255, 255, 255), "black": (0, 0, 0)}
 
@@ -460,5 +460,5 @@ def test_images_to_dataset(tiny, tmp_path, photo, monkeypatch):
 
 @pytest.mark.parametrize("size", ((3000, 1), (1, 3000), (33, 47)))
 def test_fit_covers_the_size(size):
-    image = fit(Image.new("L", size, 200), Drawing(width=32, height=48))
+    image = fit(Image.new("L", size, 200), 32, 48)
     assert image.size == (32, 48) and image.getcolors() == [(32 * 48, (200, 200, 200))]

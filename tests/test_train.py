@@ -172,7 +172,7 @@ def bytes_kept(unet: UNet, inputs: tuple) -> int:
 
 
 def test_what_is_cheap_is_not_kept_for_the_backward_pass():
-    """Computing it anew changes no bit of a gradient, within gradient checkpointing neither."""
+    """Computing it again changes no bit of a gradient, within gradient checkpointing neither."""
     plain = UNet((32, 64), (True, True), 1, 4, 32, 8)
     for parameter in inject_lora(plain, rank=4):
         nn.init.normal_(parameter)

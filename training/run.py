@@ -35,7 +35,7 @@ def resume(out: Path, run: str, parameters: list[nn.Parameter], optimizer, rank:
         except Exception as error:             # zip, pickle, key and runtime errors alike mean a bad file
             reason = " ".join(f"{error}".split())[:80]
             raise UserError(f"{state_file}: not this run's checkpoint ({reason}); put the right one back, or remove "
-                            f"{state_file.parent} to begin anew") from None
+                            f"{state_file.parent} to begin again") from None
         for parameter, saved in zip(parameters, state["parameters"]):
             parameter.data.copy_(saved)
     for log_file in (out / "log.jsonl", out / "watch.jsonl"):
