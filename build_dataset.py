@@ -88,7 +88,7 @@ def parse_args():
         raise UserError("--human-only goes with --from-pairs")
     if args.preview_steps is not None:
         if not args.preview_steps < args.steps:
-            raise UserError(f"--preview-steps {args.preview_steps}: fewer than --steps, {args.steps}, were expected")
+            raise UserError(f"--preview-steps {args.preview_steps}: must be fewer steps than --steps {args.steps}")
         if args.source != "--prompts":
             raise UserError(f"--preview-steps goes with drawing; {args.source} draws nothing")
         if SAMPLERS[args.sampler].stochastic:

@@ -78,7 +78,7 @@ def parse_args():
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net")
     args = parser.parse_args()
-    if args.full and LOSSES[args.loss].reference:
+    if args.full and LOSSES[args.loss].takes("eps_ref"):
         raise UserError(f"--full is for --loss sft; {args.loss} needs the frozen U-Net as its reference")
     for name in ("rank", "alpha"):
         if getattr(args, name) is not None and (args.init_lora or args.full):
@@ -167,7 +167,7 @@ def watch(
     mean colour, and on held-out pairs, at fixed t and noise, the implicit accuracy and both errors' gains."""
     signs = {"step": step}
     device, dtype, alphas_cumprod = pipeline.device, pipeline.dtype, pipeline.alphas_cumprod.to(pipeline.device)
-    if held_out and len(data.parts) == 2:
+    if held_out and data.data == "pairs":
         total: dict[str, float] = {}
         for i in range(0, len(held_out), batch_size):
             rows = held_out[i:i + batch_size]
@@ -184,7 +184,7 @@ def watch(
     _, context = data.batch(rows, device, dtype)
     size = tuple(side * pipeline.vae.downscale for side in data.latent_size)
     signs |= draw_samples(
-        out / "samples" / f"{step:06d}.png", pipeline, context, [data.prompts[i] for i in rows], size)
+        out / "samples" / f"{step:06d}.png", pipeline, context, [data.lines[i]["prompt"] for i in rows], size)
     append_lines(out / "watch.jsonl", [signs])
 
 
@@ -204,7 +204,7 @@ def main() -> None:
         raise UserError(f"{args.model}: predicts v; training is written for models that predict the noise")
     unet, alphas_cumprod = pipeline.unet, pipeline.alphas_cumprod.to(device)
     loss_of = LOSSES[args.loss]
-    data = Pairs(Path(args.data), pipeline, need_losers=loss_of.losers)
+    data = Pairs(Path(args.data), pipeline, loss_of.data)
     if args.holdout >= len(data.rows):
         raise UserError(f"--holdout {args.holdout}: the dataset has only {len(data.rows)} pairs")
     held_out, pairs = list(range(args.holdout)), list(range(args.holdout, len(data.rows)))
@@ -267,15 +267,17 @@ def main() -> None:
                 # This process's share of the pairs (step - 1) * per_step ... step * per_step of the run.
                 first = (step - 1) * per_step + (micro * world + rank) * args.batch_size
                 numbers = range(first, first + args.batch_size)
-                x0, context = data.batch([pair_number(s, pairs, args.seed) for s in numbers], device, dtype)
+                rows = [pair_number(s, pairs, args.seed) for s in numbers]
+                x0, context = data.batch(rows, device, dtype)
                 t, noise = step_and_noise(numbers, x0.shape[1:], args.seed)
                 t, noise, copies = t.to(device), noise.to(device), len(x0) // len(t)
                 t_rows, noise, context = t.repeat(copies), noise.repeat(copies, 1, 1, 1), context.repeat(copies, 1, 1)
                 x_t = add_noise(x0, noise, t_rows, alphas_cumprod)               # (2B, 4, h, w), winners first
                 with torch.autocast(device.type, dtype, enabled=args.full and dtype != torch.float32):
-                    predicted = predictions(unet, x_t, t_rows, context, loss_of.reference, args.compile)
+                    predicted = predictions(unet, x_t, t_rows, context, loss_of.takes("eps_ref"), args.compile)
+                scores = {"scores": data.scores(rows).to(device)} if loss_of.takes("scores") else {}
                 loss, more = loss_of(
-                    options, **predicted, noise=noise, timesteps=t, alphas_cumprod=alphas_cumprod)
+                    options, **predicted, noise=noise, timesteps=t, alphas_cumprod=alphas_cumprod, **scores)
                 (loss / args.grad_accum).backward()
                 for key, value in {"loss": loss.detach(), **more}.items():
                     logs[key] = logs.get(key, 0) + value / args.grad_accum
@@ -298,7 +300,7 @@ def main() -> None:
                 if len(good) < len(lines):
                     bad = lines[len(good)]
                     numbers = range((bad["step"] - 1) * per_step, bad["step"] * per_step)
-                    ids = ", ".join(str(data.ids[pair_number(s, pairs, args.seed)]) for s in numbers)
+                    ids = ", ".join(data.lines[pair_number(s, pairs, args.seed)]["id"] for s in numbers)
                     raise UserError(f"step {bad['step']}: the loss is {bad['loss']}, its gradient {bad['grad_norm']}; "
                                     f"pairs {ids}; {out / 'checkpoint'} keeps the last good state")
                 if sample and rank == 0:                   # before the checkpoint: after it, a kill would lose it

@@ -12,7 +12,7 @@ from model.files import digest, digest_of, read_json, read_lines, read_tensors
 from sampling import same_length
 
 from .folder import FORMAT
-from .rows import pairs_of, row_number
+from .rows import pairs_of, row_number, scores_of
 
 
 def is_finished(folder: Path) -> bool:
@@ -81,23 +81,24 @@ def read_shard(folder: Path, manifest: dict, name: str) -> tuple[dict[str, Tenso
 class Pairs:
     """The rows of a dataset's shards. They are mapped, not read: a dataset may be larger than memory."""
 
-    def __init__(self, folder: Path, pipeline: Pipeline, need_losers: bool):
+    def __init__(self, folder: Path, pipeline: Pipeline, data: str = "pairs"):
+        """`data` is what is learned from, as in `losses.table.Loss`: pairs, winners or pool."""
         manifest = read_manifest(folder)
         for key, ours in (("context_width", pipeline.context_width), ("scaling_factor", pipeline.vae.scaling_factor)):
             if manifest[key] != ours:
                 raise UserError(f"{folder}: made with {manifest['model']}, whose {key} is {manifest[key]}; "
                                 f"{pipeline.name} has {ours}")
-        self.rows, self.ids, self.prompts = [], [], []
+        self.folder, self.data, self.rows, self.lines = folder, data, [], []
         for name in manifest["shards"]:
             shard, lines = read_shard(folder, manifest, name)
-            if need_losers and "latents_l" not in shard:
+            if data == "pairs" and "latents_l" not in shard:
                 raise UserError(f"{folder}: pictures without losers; they are for --loss sft")
+            if data == "pool" and "pool" not in shard:
+                raise UserError(f"{folder}: made without --keep pool, and this loss learns from whole pools")
             self.rows += [(shard, i) for i in range(len(lines))]
-            self.ids += [line["id"] for line in lines]
-            self.prompts += [line["prompt"] for line in lines]
+            self.lines += lines
         if not self.rows:
             raise UserError(f"{folder}: no pair in it")
-        self.parts = ("latents_w", "latents_l") if need_losers else ("latents_w",)
         self.digest = dataset_digest(folder, manifest)
 
     @property
@@ -106,8 +107,25 @@ class Pairs:
         return tuple(self.rows[0][0]["latents_w"].shape[2:])
 
     def batch(self, indices: list[int], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """-> latents (2B, 4, h, w), winners first, losers second (B without losers), and context (B, M, d)."""
+        """-> latents (K * B, 4, h, w), and context (B, M, d). Pairs are all winners, then all losers; pools all first
+        pictures, then all second ones, and so on."""
         rows = [self.rows[i] for i in indices]
-        latents = torch.cat([torch.stack([shard[part][i] for shard, i in rows]) for part in self.parts])
+        if self.data == "pool":
+            latents = torch.stack([shard["pool"][i] for shard, i in rows], dim=1).flatten(0, 1)
+        else:
+            parts = ("latents_w", "latents_l") if self.data == "pairs" else ("latents_w",)
+            latents = torch.cat([torch.stack([shard[part][i] for shard, i in rows]) for part in parts])
         context = same_length([shard["context"][i] for shard, i in rows])
         return latents.to(device, torch.float32), context.to(device, dtype)
+
+    def scores(self, indices: list[int]) -> Tensor:
+        """The scorer's (B, K), in the order of `batch`. UserError where a picture has none."""
+        found = []
+        for i in indices:
+            line = self.lines[i]
+            scores = scores_of(line, self.folder)
+            ends = {"pairs": ("winner", "loser"), "winners": ("winner",)}
+            found.append(scores if self.data == "pool" else [scores[line[end]] for end in ends[self.data]])
+            if None in found[-1]:
+                raise UserError(f"{self.folder}, row {line['id']}: drawn with previews; not every picture has a score")
+        return torch.tensor(found)

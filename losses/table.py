@@ -17,9 +17,9 @@ from .hg_dpo import hg_dpo_loss
 from .sft import sft_loss
 from .statistic_matching import lambda_for
 
-# eps, eps_ref, noise (2B, C, H, W), winners first (B of them for a loss of winners alone); timesteps (B,), one a pair;
-# alphas_cumprod (1000,).
-GIVEN = ("eps", "eps_ref", "noise", "timesteps", "alphas_cumprod")
+# eps, eps_ref, noise (K * B, C, H, W): with pairs K is 2, all winners first; with winners 1; with whole pools their size,
+# all first pictures first. timesteps (B,), one a prompt; alphas_cumprod (1000,); scores (B, K), the scorer's.
+GIVEN = ("eps", "eps_ref", "noise", "timesteps", "alphas_cumprod", "scores")
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,15 @@ class Option:
 class Loss:
     function: Callable[..., tuple[Tensor, dict[str, Tensor]]]
     options: dict[str, Option] = field(default_factory=dict)
-    losers: bool = True                # learns from pairs; else from winners, or captioned pictures, alone
+    data: str = "pairs"                # or winners, which captioned pictures have as well; or pool, of --keep pool
     # What it logs before the first step, when policy and reference are the same: anything else is a bug.
     at_start: dict[str, float] = field(default_factory=dict)
 
     def wants(self) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(self.function).parameters)
 
-    @property
-    def reference(self) -> bool:
-        return "eps_ref" in self.wants()
+    def takes(self, name: str) -> bool:
+        return name in self.wants()
 
     def defaults(self) -> dict[str, float]:
         """Of its options."""
@@ -64,5 +63,5 @@ LAMBDA_STAT = Option(
 LOSSES = {
     "hg-dpo": Loss(hg_dpo_loss, {"beta": BETA, "lambda_stat": LAMBDA_STAT}, at_start={"dpo": math.log(2), "stat": 0.0}),
     "dpo": Loss(diffusion_dpo_loss, {"beta": BETA}, at_start={"dpo": math.log(2)}),
-    "sft": Loss(sft_loss, losers=False),
+    "sft": Loss(sft_loss, data="winners"),
 }

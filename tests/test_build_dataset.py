@@ -214,8 +214,8 @@ def test_what_has_no_gap_is_no_pair(whole, options, program, tmp_path, capsys):
     kept = [line for line, gap in zip(lines_of(whole), gaps) if gap > least]
     assert [line["id"] for line in lines_of(out)] == [line["id"] for line in kept]
     assert f"not above --min-gap {least:g}" in about["left_out"][0]["reason"]
-    data = Pairs(out, load_pipeline(options[1]), need_losers=True)
-    of_whole = Pairs(whole, load_pipeline(options[1]), need_losers=True)
+    data = Pairs(out, load_pipeline(options[1]))
+    of_whole = Pairs(whole, load_pipeline(options[1]))
     for i, line in enumerate(kept):
         for mine, theirs in zip(data.batch([i], "cpu", torch.float32),
                                 of_whole.batch([int(line["id"])], "cpu", torch.float32)):
@@ -244,9 +244,9 @@ def test_a_bad_row_is_noted_and_tried_again(whole, options, program, tmp_path, m
     """A NaN stops one row, not the run; the next run tries it again, with another dtype if need be."""
     out, pair = tmp_path / "out", build_dataset.pair_from_pool
 
-    def nan_at_two(args, pipeline, scorer, prompts, k):
-        line, tensors, pictures = pair(args, pipeline, scorer, prompts, k)
-        return line, tensors | ({"latents_w": tensors["latents_w"] / 0} if k == 2 else {}), pictures
+    def nan_at_two(*arguments):
+        line, tensors, pictures = pair(*arguments)
+        return line, tensors | ({"latents_w": tensors["latents_w"] / 0} if line["prompt"] == "a boy" else {}), pictures
     monkeypatch.setattr(build_dataset, "pair_from_pool", nan_at_two)
     for _ in range(2):
         assert run_alone(options, program, out, "--keep", "pool") == 2

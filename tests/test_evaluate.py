@@ -456,7 +456,7 @@ def test_folders_of_pictures_and_what_is_wrong_with_them(run, tmp_path, red):
     assert "4 pictures in images.jsonl; 1 are not there (00003.png" in refused(tmp_path / "few")
     outside = save_folder(tmp_path / "outside", greys(1))
     (outside / "images.jsonl").write_text('{"file": "../base/00000.png", "prompt": "a", "seed": 0}\n')
-    assert "outside of its folder" in refused(outside)
+    assert "lies outside the folder" in refused(outside)
     assert "--width 512" in refused(tuned, "--width", 512)
     assert "--prompts" in refused(tuned, "--prompts", "prompts.txt")
     assert "a LoRA comes too late" in refused(f"{tuned}+a.safetensors")

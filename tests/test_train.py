@@ -20,6 +20,9 @@ from torch import nn
 
 import train
 from dataset.folder import locked
+from dataset.reader import Pairs
+from losses import lambda_for
+from losses.table import Loss, Option
 from model.checkpoint import load_pipeline
 from model.lora import ATTENTION_LINEARS, inject_lora, load_lora, save_lora
 from model.unet import MidBlock, UNet
@@ -91,6 +94,43 @@ def test_training_learns_the_pairs(options, program, tmp_path):
     assert program(train, *options, "--lr", 3e-3, "--out", out, "--steps", 80, "--loss", "dpo") == 0
     margin = [line["mse_w_gain"] - line["mse_l_gain"] for line in log_of(out)]
     assert abs(sum(margin[:5]) / 5) < 5e-4 < sum(margin[-30:]) / 30
+
+
+def test_a_loss_gets_what_its_line_in_the_table_asks_for(options, data, program, tmp_path, monkeypatch):
+    """Whole pools and the scorer's scores for one that asks for them, in one order; no pass of a reference that nobody
+    wants; and a dataset that has none is refused."""
+    pooled, seen = shutil.copytree(data, tmp_path / "pooled"), []
+    for i in range(2):
+        shard = load_file(pooled / f"shard-{i:05d}.safetensors")
+        pool = torch.stack([shard["latents_w"], shard["latents_l"], shard["latents_w"] * 0], dim=1)      # (n, 3, ...)
+        save_file({**shard, "pool": pool}, pooled / f"shard-{i:05d}.safetensors")
+        lines = [json.loads(line) for line in (pooled / f"pairs-{i:05d}.jsonl").read_text().splitlines()]
+        (pooled / f"pairs-{i:05d}.jsonl").write_text("".join(json.dumps({
+            **line, "seeds": [0, 1, 2], "scores": [float(line["id"]), 0.5, 0.1], "winner": 0, "loser": 2}) + "\n"
+            for line in lines))
+
+    def listwise(eps, noise, scores, tau=0.5):
+        seen.append((len(eps), scores.tolist(), tau))
+        return (eps - noise).square().mean(), {"scores": scores.mean()}
+
+    monkeypatch.setitem(train.LOSSES, "listwise", Loss(listwise, {"tau": Option("")}, data="pool"))
+    monkeypatch.setitem(train.OPTIONS, "tau", Option(""))
+    passes = []
+    predictions = train.predictions
+    monkeypatch.setattr(train, "predictions", lambda unet, x_t, t, context, reference, compiled: passes.append(
+        reference) or predictions(unet, x_t, t, context, reference, compiled))
+    run = [*options, "--loss", "listwise", "--tau", 2, "--steps", 1]
+    assert program(train, *run, "--data", pooled, "--out", tmp_path / "run") == 0
+    (rows, scores, tau), = seen
+    assert (rows, tau, passes) == (6, 2.0, [False])
+    ids = [train.pair_number(s, list(range(ROWS)), 0) for s in range(2)]
+    assert torch.tensor(scores).allclose(torch.tensor([[float(i), 0.5, 0.1] for i in ids]))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["tau"] == 2.0
+    batch, _ = Pairs(pooled, load_pipeline(options[1]), "pool").batch([3, 8], torch.device("cpu"), torch.float32)
+    for row, part in enumerate(("latents_w", "latents_l")):
+        of_pairs, _ = Pairs(pooled, load_pipeline(options[1])).batch([3, 8], torch.device("cpu"), torch.float32)
+        assert torch.equal(batch.chunk(3)[row], of_pairs.chunk(2)[row]), part
+    assert program(train, *run, "--out", tmp_path / "other") == 2
 
 
 def test_statistic_matching_holds_the_channel_means(options, program, tmp_path):
@@ -253,14 +293,14 @@ def test_a_compiled_step_begins_at_ln_2():
     parameters = [p.requires_grad_(True) for p in inject_lora(unet, rank=4)]
     save_memory(unet, gradient_checkpointing=False, compile=True)
     inputs = (torch.randn(4, 4, 16, 16), torch.tensor([3, 500] * 2), torch.randn(4, 77, 16, dtype=torch.bfloat16))
-    eps_ref, eps = train.predictions(unet, *inputs, reference=True, compiled=True).values()
+    eps, eps_ref = train.predictions(unet, *inputs, reference=True, compiled=True).values()
     assert torch.equal(eps, eps_ref) and eps.requires_grad and not eps_ref.requires_grad
     eps.float().square().sum().backward()
     with torch.no_grad():
         for parameter in parameters:
             assert parameter.grad.isfinite().all()
             parameter -= 0.1 * parameter.grad.sign()
-    same, moved = train.predictions(unet, *inputs, reference=True, compiled=True).values()
+    moved, same = train.predictions(unet, *inputs, reference=True, compiled=True).values()
     assert torch.equal(same, eps_ref) and not torch.equal(moved, eps)
 
 
@@ -280,7 +320,7 @@ def test_auto_is_the_rule_for_lambda(options, program, tmp_path):
     assert program(train, *options, "--out", tmp_path / "run", "--steps", 1, "--lambda-stat", "auto") == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["options"]["lambda_stat"] == 10_000 * 88 * 128 / 64
-    assert train.lambda_for(64, 64) == 27_500
+    assert lambda_for(64, 64) == 27_500
 
 
 def test_contexts_of_other_lengths_share_a_batch(tiny):
