@@ -17,7 +17,7 @@ from .hg_dpo import hg_dpo_loss
 from .sft import sft_loss
 from .statistic_matching import lambda_for
 
-# eps, eps_ref, noise (K * B, C, H, W): with pairs K is 2, all winners first; with winners 1; with whole pools their size,
+# eps, eps_ref, noise (K * B, C, H, W): with pairs K is 2, all winners first; with winners 1; with pools their size,
 # all first pictures first. timesteps (B,), one a prompt; alphas_cumprod (1000,); scores (B, K), the scorer's.
 GIVEN = ("eps", "eps_ref", "noise", "timesteps", "alphas_cumprod", "scores")
 

@@ -95,7 +95,7 @@ def make(out: Path, recipe: Recipe, seed: int) -> None:
         "scheduler": configs.SCHEDULER, "text_encoder": configs.clip_config(tokenizer)["text_config"]}
     alphas_cumprod = make_alphas_cumprod(configs.SCHEDULER)
     pipeline = Pipeline(unet, vae, text_encoder, tokenizer, alphas_cumprod, parts, "paper-people")
-    show_samples(out / "3_unet.png", pipeline)
+    show_samples(out / "3_unet.png", pipeline, min(48, recipe.samples))
 
     judge = make_judge(run, make_triples(run, "judge_triples", vae), tests, tests_vae)
     folder = out / "checkpoint"

@@ -53,7 +53,7 @@ def draw_pictures(pipeline: Pipeline, prompts: list[str], seeds: list[int], labe
     return images
 
 
-def show_samples(path: Path, pipeline: Pipeline, count: int = 48) -> None:
+def show_samples(path: Path, pipeline: Pipeline, count: int) -> None:
     if not path.exists():
         prompts = world.PROMPT_FILES["test"].read_text().splitlines()[:count]
         write_png(path, sheet(draw_pictures(pipeline, prompts, list(range(count)), "drawing"), prompts, 8, 128))
