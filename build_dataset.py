@@ -122,7 +122,6 @@ def draw_pool(
 
 def pair_from_pool(
     pipeline: Pipeline, scorer: Callable, drawing: Drawing, pool: Pool, prompt: str, seeds: list[int], batch_size: int,
-    keep_pool: bool,
 ) -> Row:
     """Draws, scores and selects for one prompt -> its line, tensors and pictures."""
     contexts = drawing.encode([drawing.negative_prompt, prompt], pipeline)       # (2, M, D)
@@ -147,18 +146,17 @@ def pair_from_pool(
     winner, loser = line["winner"], line["loser"]
     tensors = {"latents_w": latents[winner], "latents_l": latents[loser], "context": contexts[1]}
     pictures = {"w": images[winner], "l": images[loser]} | {f"{i:02d}": image for i, image in enumerate(images)}
-    return line, tensors | ({"pool": latents} if keep_pool else {}), pictures
+    return line, tensors | ({"pool": latents} if pool.keep == "pool" else {}), pictures
 
 
 def from_prompts(
     prompts: list[str], pipeline: Pipeline, scorer: Callable, drawing: Drawing, pool: Pool, seed: int, batch_size: int,
-    keep_pool: bool, model: dict, inputs: dict[str, str],
+    model: dict, inputs: dict[str, str],
 ) -> Source:
     """Rows from pools that are drawn: picture i of prompt k has the seed `seed + k * pool_size + i`."""
     def make(k: int) -> Row:
-        first = seed + k * pool.pool_size
-        return pair_from_pool(pipeline, scorer, drawing, pool, prompts[k], list(range(first, first + pool.pool_size)),
-                              batch_size, keep_pool)
+        seeds = [seed + k * pool.pool_size + i for i in range(pool.pool_size)]
+        return pair_from_pool(pipeline, scorer, drawing, pool, prompts[k], seeds, batch_size)
 
     def texts(line: dict, name: str) -> dict[str, str]:
         i = line[{"w": "winner", "l": "loser"}[name]] if name in ("w", "l") else int(name)
@@ -206,7 +204,7 @@ def open_source(args) -> tuple[Source, dict, str]:
         with files_read() as files:
             scorer = load_scorer(options["scorer"], device)
         source = from_prompts(
-            prompts, pipeline, scorer, drawing, pool, args.seed, args.batch_size, args.keep == "pool", model,
+            prompts, pipeline, scorer, drawing, pool, args.seed, args.batch_size, model,
             inputs | {"scorer": digest_all(files)})
     return source, options, f"; {args.model} on {device} in {options['dtype']}"
 
@@ -239,9 +237,10 @@ def main() -> None:
                 print(f"{out}: this job's part is done; the others' are not")
             else:
                 drawn = rows - summary["counts"]["failed"]
-                write_manifest(out / "dataset.json", options, source.inputs, finished=True, rows=rows,
-                      rows_from=digest_of(source.names[:rows]), **source.model, unet_rows=drawn * source.unet_rows,
-                      **summary)
+                write_manifest(
+                    out / "dataset.json", options, source.inputs, finished=True, rows=rows,
+                    rows_from=digest_of(source.names[:rows]), **source.model, unet_rows=drawn * source.unet_rows,
+                    **summary)
                 with cli.print_from_any_rank():
                     print(f"{out}: {summary['counts']}")
         if summary and args.export_pickapic:

@@ -91,7 +91,7 @@ def parse_args():
         "--run", action="append", default=[], metavar="DIR", help="show this training run's curves; repeatable")
     parser.add_argument("--fid", metavar="DIR", help="each side's FID against these pictures; needs torch-fidelity")
     parser.add_argument("--preference-accuracy", metavar="FILE", help="instead: how often each scorer, and with --lora "
-                        "its implicit reward, agrees with these preferences (see preferences.py)")
+                        "its implicit reward, agrees with these preferences (see dataset/preferences.py)")
     parser.add_argument("--human-only", action="store_true", help="of these only the ones about people")
     parser.add_argument(
         "--shard", type=cli.shard_name, metavar="I/N", help="this job's part, 0/4 ... 3/4 (torchrun sets it)")
@@ -138,8 +138,9 @@ def begin_evaluation(
     for path in listings:
         if path.is_file() and read_text(path) != listing:
             raise UserError(f"{out}: begun with other prompts than --prompts has now; choose another --out")
-    write_manifest(out / "evaluation.json", options, inputs, sides=before.get("sides", {}) | contents,
-          judges=before.get("judges", {}))
+    write_manifest(
+        out / "evaluation.json", options, inputs, sides=before.get("sides", {}) | contents,
+        judges=before.get("judges", {}))
     for path in listings:
         write_text(path, listing)
 

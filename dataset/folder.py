@@ -84,7 +84,7 @@ def refuse_other(out: Path, name: str, before: str | None, now: str | None) -> N
 
 
 def write_manifest(manifest: Path, options: dict, inputs: dict[str, str], **more) -> None:
-    """Writes the manifest."""
+    """`more` is what else the program notes there, such as `finished`."""
     content = {"format": FORMAT, **more, "options": options, "inputs": inputs}
     write_text(manifest, json.dumps(content, indent=2) + "\n")
 

@@ -19,6 +19,7 @@ class Pool:
     min_gap: float = 0.0               # of the scores; what is not above it is no pair
     preview_steps: int | None = None   # the pool is drawn with so few steps, and only its ends in full
     preview_keep: int = 2              # so many at each end
+    keep: str = "pair"                 # or pool: the latents of all pictures are kept
 
     def __post_init__(self):
         if not self.winner_rank < self.loser_rank <= self.pool_size:
