@@ -61,20 +61,23 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def real(
-    least: float | None = None, above: float | None = None, most: float | None = None, auto: bool = False,
+    least: float | None = None, above: float | None = None, most: float | None = None, below: float | None = None,
+    auto: bool = False,
 ) -> Callable[[str], float | str]:
-    """A finite number within its limits; `above` is a limit that it may not touch. With `auto` also that word."""
+    """A finite number within its limits; `above` and `below` are limits that it may not touch. With `auto` also that
+    word."""
     def parse(text: str) -> float | str:
         if auto and text == "auto":
             return text
         limits = [f"{words} {limit:g}" for words, limit in (
-            ("of at least", least), ("of more than", above), ("of at most", most)) if limit is not None]
+            ("of at least", least), ("of more than", above), ("of at most", most), ("of less than", below))
+            if limit is not None]
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or least is not None and value < least or above is not None and value <= above \
-                or most is not None and value > most:
+        if not math.isfinite(value) or (least is not None and value < least) or (most is not None and value > most) \
+                or (above is not None and value <= above) or (below is not None and value >= below):
             raise argparse.ArgumentTypeError(f"{text}: must be a number {' and '.join(limits)}".rstrip())
         return value
     return parse

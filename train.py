@@ -16,6 +16,7 @@ import cli
 # isort: split
 import contextlib
 import json
+import math
 import signal
 import sys
 import time
@@ -36,6 +37,7 @@ from model.errors import UserError
 from model.files import digest_all, digest_of, files_read, write_tensors, write_text
 from model.lora import inject_lora, load_lora_to_train, lora_disabled, save_lora
 from sampling import add_noise, seeded
+from training.average import averaged, update_average
 from training.memory import save_memory
 from training.parallel import any_process, average_gradients
 from training.run import append_lines, check_start, is_finite, log_lines, model_card, resume, save_checkpoint
@@ -46,6 +48,10 @@ OPTIONS = {name: option for loss in LOSSES.values() for name, option in loss.opt
 NOTED = ("model", "data", "loss", "beta", "lambda_stat", "rank", "alpha", "lr", "warmup", "seed", "full", "init_lora",
          "optimizer", "max_grad_norm", "dtype", "holdout", "prediction_type")
 MAY_CHANGE = ("model", "data", "init_lora")         # of these the contents count
+LATER = {"lr_schedule": "constant", "ema": 0.0, "sft_weight": 0.0}     # noted where they are not so
+SCHEDULES = {              # the share of --lr, from the share of --steps that is done
+    "constant": lambda done: 1.0, "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2}
 
 
 def parse_args():
@@ -62,6 +68,11 @@ def parse_args():
     parser.add_argument("--alpha", type=cli.real(above=0), help="the LoRA acts with alpha / rank (default: 8)")
     parser.add_argument("--lr", type=cli.real(above=0), default=1e-5)
     parser.add_argument("--warmup", type=cli.whole(0), default=0, help="steps over which the rate rises to --lr")
+    parser.add_argument(
+        "--lr-schedule", default="constant", choices=tuple(SCHEDULES), help="how it then falls, to 0 after --steps")
+    parser.add_argument("--ema", type=cli.real(0, below=1), default=0.0, metavar="DECAY",
+                        help="save the moving average of the weights, such as 0.98; 0 is off")
+    parser.add_argument("--sft-weight", type=cli.real(0), default=0.0, help="of the winners' error, added to the loss")
     parser.add_argument("--batch-size", type=cli.whole(1), default=4, help="pairs a step and process")
     parser.add_argument("--grad-accum", type=cli.whole(1), default=1, help="batches a step")
     parser.add_argument("--steps", type=cli.whole(1), default=1000)
@@ -223,24 +234,28 @@ def main() -> None:
         pipeline.vae.to("meta")
         pipeline.text_encoder.to("meta")
     optimizer = make_optimizer(args.optimizer, parameters, args.lr)
+    average = [parameter.detach().clone() for parameter in parameters] if args.ema else []
     save_memory(unet, args.gradient_checkpointing, args.compile)
 
     out = Path(args.out)
     per_step = args.batch_size * args.grad_accum * world
     values = vars(args) | loss_options(args, data.latent_size)
     options = {name: values[name] for name in loss_of.options}
-    settings = {name: values[name] for name in NOTED} | options | {"pairs_per_step": per_step}
+    later = {name: values[name] for name, default in LATER.items() if values[name] != default}
+    later |= {"steps": args.steps} if "lr_schedule" in later else {}
+    settings = {name: values[name] for name in NOTED} | options | later | {"pairs_per_step": per_step}
     run = digest_of([{name: value for name, value in settings.items() if name not in MAY_CHANGE}, inputs])
 
     def save(step: int) -> None:
-        if args.full:
-            write_tensors(out / "unet" / "diffusion_pytorch_model.safetensors", unet.state_dict())
-            write_text(out / "unet" / "config.json", json.dumps(pipeline.configs["unet"], indent=2) + "\n")
-        else:
-            save_lora(out / "lora.safetensors", unet, format=args.lora_format)
+        with averaged(parameters, average):
+            if args.full:
+                write_tensors(out / "unet" / "diffusion_pytorch_model.safetensors", unet.state_dict())
+                write_text(out / "unet" / "config.json", json.dumps(pipeline.configs["unet"], indent=2) + "\n")
+            else:
+                save_lora(out / "lora.safetensors", unet, format=args.lora_format)
         card = model_card(
             args.model, args.loss, Path(args.data).name, len(pairs), step, lora=not args.full, settings=settings)
-        save_checkpoint(out, run, step, parameters, optimizer, card)
+        save_checkpoint(out, run, step, parameters, average, optimizer, card)
 
     with locked(out) if rank == 0 else contextlib.nullcontext():
         if rank == 0:                                      # it alone writes in the folder; the others wait for it
@@ -249,7 +264,7 @@ def main() -> None:
             write_manifest(out / "config.json", settings, inputs)
         if world > 1:
             dist.barrier()
-        start = resume(out, run, parameters, optimizer, rank)
+        start = resume(out, run, parameters, average, optimizer, rank)
         print(
             f"{args.loss} on {len(pairs)} pairs of {args.data}, {sum(p.numel() for p in parameters):,} parameters of "
             f"{args.model}, {per_step} pairs a step, steps {start + 1} to {args.steps}, on {world} x {device} in "
@@ -261,7 +276,8 @@ def main() -> None:
         buffer, then = [], time.perf_counter()
         for step in cli.progress(range(start + 1, args.steps + 1), args.steps - start, "training"):
             for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(1.0, step / args.warmup if args.warmup else 1.0)
+                rise = min(1.0, step / args.warmup) if args.warmup else 1.0
+                group["lr"] = args.lr * rise * SCHEDULES[args.lr_schedule]((step - 1) / args.steps)
             logs = {}
             for micro in range(args.grad_accum):
                 # This process's share of the pairs (step - 1) * per_step ... step * per_step of the run.
@@ -278,6 +294,9 @@ def main() -> None:
                 scores = {"scores": data.scores(rows).to(device)} if loss_of.takes("scores") else {}
                 loss, more = loss_of(
                     options, **predicted, noise=noise, timesteps=t, alphas_cumprod=alphas_cumprod, **scores)
+                if args.sft_weight:
+                    winners = slice(len(t))
+                    loss = loss + args.sft_weight * squared_error(predicted["eps"][winners], noise[winners]).mean()
                 (loss / args.grad_accum).backward()
                 for key, value in {"loss": loss.detach(), **more}.items():
                     logs[key] = logs.get(key, 0) + value / args.grad_accum
@@ -285,6 +304,7 @@ def main() -> None:
             logs["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            update_average(average, parameters, args.ema, step)
 
             buffer.append((step, optimizer.param_groups[0]["lr"], logs))
             stop = any_process(bool(stopping), gloo)
@@ -304,7 +324,8 @@ def main() -> None:
                     raise UserError(f"step {bad['step']}: the loss is {bad['loss']}, its gradient {bad['grad_norm']}; "
                                     f"pairs {ids}; {out / 'checkpoint'} keeps the last good state")
                 if sample and rank == 0:                   # before the checkpoint: after it, a kill would lose it
-                    watch(out, step, pipeline, data, held_out, args.batch_size, args.seed)
+                    with averaged(parameters, average):
+                        watch(out, step, pipeline, data, held_out, args.batch_size, args.seed)
                 if (due or stop) and rank == 0:
                     save(step)
                 if stop and step < args.steps:

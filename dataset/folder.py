@@ -65,11 +65,13 @@ def open_manifest(manifest: Path, options: dict, inputs: dict[str, str], free: C
     if read_json(manifest, format=int)["format"] != FORMAT:
         raise UserError(f"{manifest}: written by another version of this program; choose another --out")
     before = read_json(manifest, options=dict, inputs=dict)
-    for name, value in json.loads(json.dumps(options)).items():
-        if name not in free and before["options"].get(name) != value:
+    options = json.loads(json.dumps(options))
+    for name in options | before["options"]:
+        then, now = before["options"].get(name), options.get(name)
+        if name not in free and then != now:
             raise UserError(
-                f"{out}: begun with --{name.replace('_', '-')} {before['options'].get(name)}, and now it is {value}; "
-                "go on with the old value, or choose another --out")
+                f"{out}: begun with --{name.replace('_', '-')} {then}, and now it is {now}; go on with the old value, "
+                "or choose another --out")
     for name, value in inputs.items():
         refuse_other(out, name, before["inputs"].get(name), value)
     return before

@@ -540,3 +540,32 @@ def test_bad_input_is_one_line(options, program, data, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     assert "holds other files, and no config.json" in refused("--out", tmp_path / "other")
+
+
+def test_the_rate_falls_and_the_average_lags(options, program, tmp_path):
+    """--lr-schedule falls to nothing over --steps, which then are a part of what the run is; --ema saves the moving
+    average; both go on bit for bit; --sft-weight adds the winners' error."""
+    extra = ["--lr-schedule", "cosine", "--ema", 0.9, "--sft-weight", 2.0, "--loss", "dpo"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert program(train, *options, *extra, "--steps", 4, "--out", whole) == 0
+    log = log_of(whole)
+    assert [line["lr"] for line in log] == pytest.approx([1e-3 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])
+    assert log[0]["loss"] == pytest.approx(log[0]["dpo"] + 2 * log[0]["mse_w"], rel=1e-6)
+    state = torch.load(whole / "checkpoint" / "state.pt")
+    ups = [tensor for name, tensor in lora(whole).items() if "lora_up" in name]
+    assert ups[0].abs().max() > 0 and not torch.equal(ups[0], state["parameters"][1])
+    assert len(state["average"]) == len(state["parameters"])
+
+    def killed(*args):
+        raise KeyboardInterrupt
+    monkey = pytest.MonkeyPatch()
+    calls = []
+    clip = nn.utils.clip_grad_norm_
+    monkey.setattr(train.nn.utils, "clip_grad_norm_", lambda *args: clip(*args) if calls.append(1) or len(calls) < 4
+                   else killed())
+    assert program(train, *options, *extra, "--steps", 4, "--out", halves) == 130
+    monkey.undo()
+    assert program(train, *options, *extra, "--steps", 4, "--out", halves) == 0
+    assert (halves / "lora.safetensors").read_bytes() == (whole / "lora.safetensors").read_bytes()
+    assert program(train, *options, *extra, "--steps", 5, "--out", whole) == 2            # another schedule
+    assert program(train, *options, "--steps", 4, "--loss", "dpo", "--out", whole) == 2   # what was noted is left away

@@ -21,14 +21,18 @@ from .parallel import mean_of_processes
 CURVES = ("loss", "dpo", "stat", "implicit_accuracy", "grad_norm")
 
 
-def resume(out: Path, run: str, parameters: list[nn.Parameter], optimizer, rank: int) -> int:
-    """The step that the run in `out` has reached, with its parameters and optimizer; 0 for a new one. `run` is the
-    digest of what the run is."""
+def resume(
+    out: Path, run: str, parameters: list[nn.Parameter], average: list[Tensor], optimizer, rank: int,
+) -> int:
+    """The step that the run in `out` has reached, with its parameters, their average (or none) and optimizer; 0 for a
+    new one. `run` is the digest of what the run is."""
     state_file, step = out / "checkpoint" / "state.pt", 0
     if state_file.is_file():
         try:
             state = torch.load(state_file, map_location="cpu", weights_only=True)
             if state["run"] != run or [p.shape for p in state["parameters"]] != [p.shape for p in parameters]:
+                raise ValueError("of another run")
+            if len(state.get("average", [])) != len(average):
                 raise ValueError("of another run")
             optimizer.load_state_dict(state["optimizer"])
             step = int(state["step"])
@@ -38,6 +42,8 @@ def resume(out: Path, run: str, parameters: list[nn.Parameter], optimizer, rank:
                             f"{state_file.parent} to begin again") from None
         for parameter, saved in zip(parameters, state["parameters"]):
             parameter.data.copy_(saved)
+        for mean, saved in zip(average, state.get("average", [])):
+            mean.copy_(saved)
     for log_file in (out / "log.jsonl", out / "watch.jsonl"):
         if rank == 0 and log_file.is_file():   # a killed run has logged steps past its checkpoint; they come again
             lines = [line for line in read_lines(log_file, cut=True, step=int) if line["step"] <= step]
@@ -75,7 +81,9 @@ def append_lines(path: Path, lines: list[dict]) -> None:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def save_checkpoint(out: Path, run: str, step: int, parameters: list[nn.Parameter], optimizer, card: str) -> None:
+def save_checkpoint(
+    out: Path, run: str, step: int, parameters: list[nn.Parameter], average: list[Tensor], optimizer, card: str,
+) -> None:
     """Curves, the model card, which begins with `card`, and at last the checkpoint: what stands before it is written
     again after a kill."""
     log = read_lines(out / "log.jsonl", step=int)
@@ -88,7 +96,7 @@ def save_checkpoint(out: Path, run: str, step: int, parameters: list[nn.Paramete
                + "".join(f"| {key} | {value:.6g} |\n" for key, value in figures.items()))
     write_pickle(out / "checkpoint" / "state.pt", {
         "run": run, "step": step, "parameters": [p.detach().cpu() for p in parameters],
-        "optimizer": optimizer.state_dict()})
+        "optimizer": optimizer.state_dict(), **({"average": [mean.cpu() for mean in average]} if average else {})})
 
 
 def model_card(model: str, method: str, dataset: str, pairs: int, step: int, lora: bool, settings: dict) -> str:
