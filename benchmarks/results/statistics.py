@@ -1,0 +1,88 @@
+"""From a row's pictures to its figures, and how sure they are. Pure functions of arrays.
+
+The interval is a paired hierarchical bootstrap: seeds are drawn again, and prompts, with all pictures of a prompt
+together and the same prompts for every seed, since every seed has the same; and the same draws for all rows.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy import ndarray
+
+RESAMPLES = 2000
+COLUMNS = ("scorer_won", "scorer_lost", "judge_won", "judge_lost", "right", "pictures", "red", "green", "blue",
+           "diversity", "prompts")
+
+
+@dataclass(frozen=True)
+class Figure:
+    heading: str
+    digits: int
+    of: Callable[[dict[str, ndarray]], ndarray]      # the sums over seeds and prompts, by column
+
+
+def share(won: ndarray, lost: ndarray) -> ndarray:
+    """In percent, ties left out; 50 where all are ties."""
+    return np.where(won + lost > 0, 100 * won / np.maximum(won + lost, 1), 50.0)
+
+
+FIGURES = {
+    "scorer": Figure("win, scorer, %", 1, lambda sums: share(sums["scorer_won"], sums["scorer_lost"])),
+    "judge": Figure("win, judge, %", 1, lambda sums: share(sums["judge_won"], sums["judge_lost"])),
+    "right": Figure("right, by the judge, %", 1, lambda sums: 100 * sums["right"] / sums["pictures"]),
+    "colour": Figure("RGB shift, of 255", 2, lambda sums: np.sqrt(
+        sum((sums[name] / sums["prompts"]) ** 2 for name in ("red", "green", "blue")))),
+    "diversity": Figure("diversity", 4, lambda sums: sums["diversity"] / sums["prompts"]),
+}
+
+
+def table(runs: Iterable[Mapping]) -> ndarray:
+    """The files of a row, one a seed -> (seeds, prompts, COLUMNS)."""
+    return np.stack([outcomes(run) for run in runs])
+
+
+def outcomes(run: Mapping) -> ndarray:
+    """(prompts, COLUMNS): how many pictures of each prompt won, lost, are right, and so on."""
+    prompts = len(run["diversity"])
+
+    def count(text: str, letter: str) -> list[int]:
+        n = len(text) // prompts
+        return [text[k * n:(k + 1) * n].count(letter) for k in range(prompts)]
+
+    columns = [count(run[name], letter) for name in ("scorer", "judge") for letter in "wl"]
+    columns += [count(run["right"], "1"), [len(run["right"]) / prompts] * prompts, *zip(*run["rgb"])]
+    return np.array([*columns, run["diversity"], [1] * prompts], dtype=float).T
+
+
+@cache
+def draws(seeds: int, prompts: int, resamples: int = RESAMPLES) -> tuple[ndarray, ndarray]:
+    """How often each seed and each prompt is in each draw: (1 + resamples, seeds), (1 + resamples, prompts). The first
+    draw has each of them once: the figure itself. The same for all tables of one shape."""
+    rng = np.random.default_rng(0)
+    seed_counts, prompt_counts = (
+        np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), resamples)]) for n in (seeds, prompts))
+    return seed_counts, prompt_counts
+
+
+def effect(tables: Mapping[str, ndarray], weights: Mapping[str, float], figure: str) -> ndarray:
+    """Tables (seeds, prompts, COLUMNS) of one shape, by the rows' names -> the weighted sum (1 + resamples,) of the
+    rows' figures in every draw."""
+    total = 0.0
+    for name, weight in weights.items():
+        seed_counts, prompt_counts = draws(*tables[name].shape[:2])
+        sums = np.einsum("rs,spk,rp->rk", seed_counts, tables[name], prompt_counts, optimize=True)
+        total = total + weight * FIGURES[figure].of(dict(zip(COLUMNS, sums.T)))
+    return total
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(1 + resamples,) -> the figure itself, and the ends of its 95 % interval."""
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    return float(values[0]), float(low), float(high)
+
+
+def verdict(low: float, high: float, above: float = 0.0) -> str:
+    """Of a claim that an effect with this interval lies above a threshold."""
+    return "held" if low > above else "not held" if high < above else "within noise"

@@ -1,0 +1,196 @@
+"""Makes what is missing, part by part, and keeps of every row, with one training seed, a file of a few kB.
+
+    DIR/pool, base, data/*, runs/*, evaluations/*     the parts, as the programs leave them; .part.json notes the time
+    DIR/logs/, DIR/locks/                             what they printed, and who is at what
+    ROWS/NAME-SEED.json                               the row: what the page is written from
+
+Any number of processes may share DIR and ROWS: each takes a row that nobody is at, and waits for a part that another
+one makes. A part's program holds the part's lock, too, and outlives whoever began it.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from evaluation.statistics import HSV, RGB
+from model.errors import UserError
+from model.files import read_json, read_lines, read_text, write_text
+
+from .experiments import NUM_IMAGES, SCORERS, VERSION, Part, Row, Scale, parts_of, settings_digest, unet_rows
+
+LOGGED, LAST_STEPS = ("mse_w_gain", "mse_l_gain", "implicit_accuracy", "stat"), 20
+FIELDS = {
+    "row": str, "seed": int, "digest": str, "options": dict, "commands": list, "commit": str, "machine": dict,
+    "seconds": dict, "unet_rows": int, "scorer": str, "judge": str, "right": str, "base_right": str, "rgb": list,
+    "diversity": list, "base_diversity": float, "colours": dict, "base_colours": dict, "colour_shift": dict,
+    "log": dict}
+
+
+@contextlib.contextmanager
+def alone(lock: Path, wait: bool) -> Iterator[IO | None]:
+    """Yields the lock, open, or None where another process holds it and we do not wait."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file = None
+        yield file
+
+
+# Parts
+
+def call(part: Part, out: Path, lock: IO) -> None:
+    """Runs a part's program, which holds `lock` as long as it lives."""
+    words = [word.replace("DIR/", f"{out}/") for word in part.command.split()]
+    log = out / "logs" / f"{part.name.replace('/', '-')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as file:
+        process = subprocess.Popen([sys.executable, *words], stdout=file, stderr=file, pass_fds=[lock.fileno()])
+        try:
+            code = process.wait()
+        except BaseException:                  # Ctrl-C, which the program may not have got
+            process.terminate()
+            process.wait()
+            raise
+    if code:
+        said = read_text(log).split("\n")[-2:][0]
+        raise UserError(f"{part.name}: {words[0]} ended with {code} ({said}); {log} has all that it said")
+
+
+def make_part(part: Part, out: Path) -> float:
+    """Runs a part's program, unless it has ended before. -> its seconds, without those of attempts killed -9."""
+    note = out / part.name / ".part.json"
+    with alone(out / "locks" / part.name.replace("/", "-"), wait=True) as lock:
+        before = read_json(note, command=str, seconds=float, finished=bool) if note.is_file() else {}
+        if before.get("finished") and before["command"] == part.command:
+            return before["seconds"]
+        print(f"{part.name}: {part.command}", flush=True)
+        start, finished = time.monotonic(), False
+        try:
+            call(part, out, lock)
+            finished = True
+        finally:
+            seconds = round(before.get("seconds", 0.0) + time.monotonic() - start, 1)
+            write_text(note, json.dumps({"command": part.command, "seconds": seconds, "finished": finished}))
+    return seconds
+
+
+# A row's file
+
+def row_file(rows: Path, name: str, seed: int) -> Path:
+    return rows / f"{name}-{seed}.json"
+
+
+def read_row(path: Path) -> dict:
+    """UserError where it is damaged or of another version."""
+    row = read_json(path, version=int)
+    if row["version"] != VERSION:
+        raise UserError(f"{path}: of version {row['version']}, and this is {VERSION}; remove it, and make it again")
+    row = read_json(path, **FIELDS)
+    prompts = len(row["diversity"])
+    whole = path.name == f"{row['row']}-{row['seed']}.json" and prompts > 0 and len(row["rgb"]) == prompts and all(
+        len(levels) == 3 for levels in row["rgb"])
+    for name, letters in (("scorer", "wtl"), ("judge", "wtl"), ("right", "01"), ("base_right", "01")):
+        whole = whole and len(row[name]) == prompts * NUM_IMAGES and not set(row[name]) - set(letters)
+    if not whole:
+        raise UserError(f"{path}: its outcomes do not fit together; remove it, and make it again")
+    return row
+
+
+def is_made(rows: Path, row: Row, seed: int, scale: Scale) -> bool:
+    path = row_file(rows, row.name, seed)
+    return path.is_file() and read_row(path)["digest"] == settings_digest(row, seed, scale)
+
+
+def machine() -> dict:
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    return {"cpu": model[1] if model else platform.processor() or platform.machine(), "cores": os.cpu_count(),
+            "torch": torch.__version__}
+
+
+def commit() -> str:
+    """Of the code, with +changes where it has some; unknown where git does not say."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("diff", "--name-only", "HEAD", "--", "*.py") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def read_outcomes(folder: Path, name: str) -> dict:
+    """What evaluate.py left of the candidate `name` -> the picture by picture part of a row's file."""
+    keys = {scorer: float for scorer in SCORERS.values()} | {"file": str, "diversity": float, "colours": dict}
+    sides = [read_lines(folder / f"scores-{side}.jsonl", **keys) for side in ("baseline", name)]
+    if [line["file"] for line in sides[0]] != [line["file"] for line in sides[1]] or len(sides[0]) % NUM_IMAGES:
+        raise UserError(f"{folder}: the sides have other pictures than each other; remove it, and make it again")
+    base, candidate = ([line | line["colours"] for line in side] for side in sides)
+    starts = range(0, len(base), NUM_IMAGES)
+
+    def results(scorer: str) -> str:
+        return "".join("w" if c[scorer] > b[scorer] else "l" if c[scorer] < b[scorer] else "t"
+                       for c, b in zip(candidate, base))
+
+    def mean(lines: list[dict], key: str) -> float:
+        return math.fsum(line[key] for line in lines) / len(lines)
+
+    def shift(i: int, key: str) -> float:      # of a prompt, in levels of 255
+        return round(255 * (mean(candidate[i:i + NUM_IMAGES], key) - mean(base[i:i + NUM_IMAGES], key)), 1)
+
+    def colours(side: list[dict]) -> dict:
+        return {key: round(mean(side, key), 6) for key in (*HSV, *RGB)}
+
+    rights = ["".join(str(int(line[SCORERS["right"]])) for line in side) for side in (candidate, base)]
+    report = read_json(folder / "report.json", colour_shift=dict)
+    return {
+        "scorer": results(SCORERS["scorer"]), "judge": results(SCORERS["judge"]),
+        "right": rights[0], "base_right": rights[1], "rgb": [[shift(i, key) for key in RGB] for i in starts],
+        "diversity": [round(mean(candidate[i:i + NUM_IMAGES], "diversity"), 4) for i in starts],
+        "base_diversity": round(mean(base, "diversity"), 5), "colours": colours(candidate),
+        "base_colours": colours(base), "colour_shift": report["colour_shift"]}
+
+
+def make_row(row: Row, seed: int, scale: Scale, out: Path, rows: Path) -> None:
+    parts = parts_of(row, seed, scale)
+    seconds = {part.name: make_part(part, out) for part in parts}
+    *_, run, evaluation = parts
+    last = read_lines(out / run.name / "log.jsonl", step=int)[-LAST_STEPS:]
+    content = {
+        "version": VERSION, "row": row.name, "seed": seed, "digest": settings_digest(row, seed, scale),
+        "options": asdict(row), "commands": [part.command for part in parts], "commit": commit(),
+        "machine": machine(), "seconds": seconds, "unet_rows": unet_rows(row, scale),
+        "log": {key: float(f"{math.fsum(line[key] for line in last) / len(last):.6g}")
+                for key in LOGGED if key in last[-1]},
+        **read_outcomes(out / evaluation.name, row.name)}
+    lines = [f"{json.dumps(key)}: {json.dumps(content[key], sort_keys=True)}" for key in sorted(content)]
+    write_text(row_file(rows, row.name, seed), "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def make_rows(todo: list[tuple[Row, int]], scale: Scale, out: Path, rows: Path) -> None:
+    """Makes the rows that are not there, each with a seed; together with whoever else is at it."""
+    while todo := [(row, seed) for row, seed in todo if not is_made(rows, row, seed, scale)]:
+        taken = 0
+        for row, seed in todo:
+            with alone(out / "locks" / f"row-{row.name}-{seed}", wait=False) as lock:
+                if lock and not is_made(rows, row, seed, scale):
+                    make_row(row, seed, scale, out, rows)
+                taken += lock is not None
+        if not taken:
+            print(f"other processes are at the {len(todo)} rows left; waiting", flush=True)
+            time.sleep(10)
