@@ -38,6 +38,8 @@ class Training:
     loss: str = "dpo"
     beta: int | None = BETA
     lambda_stat: int | None = None
+    times: int = 1                             # so many times the steps of the others
+    more: str = ""                             # other options of train.py, each with a space before it
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,11 @@ def experiments(scale: Scale) -> dict[str, Experiment]:
     sft = trained("sft", loss="sft", beta=None)
     weights = [replace(hg_dpo, name=f"weight{percent}", weight=percent / 100) for percent in (25, 50, 75)] + [hg_dpo]
 
+    longer = {name: trained(f"x4{name}", lambda_stat=LAMBDA_STAT, times=4, more=more) for name, more in (
+        ("", ""), ("-linear", " --lr-schedule linear"), ("-cosine", " --lr-schedule cosine"), ("-ema", " --ema 0.98"),
+        ("-cosine-ema", " --lr-schedule cosine --ema 0.98"))}
+    cosine = trained("cosine", lambda_stat=LAMBDA_STAT, more=" --lr-schedule cosine")
+
     wins = {2: "66.1", 5: "81.9", 10: "84.2", 20: "88.7"}
     hues = {2: "6.6 4.5 1.3", 10: "20.9 5.5 3.9", 20: "24.9 12.5 3.4"}
     pickscore, grows = "win rate by PickScore, %", "66.1, 81.9, 84.2, 88.7 %"
@@ -173,6 +180,16 @@ def experiments(scale: Scale) -> dict[str, Experiment]:
              falls("diversity falls with the weight", "", "diversity", weights),
              costs_little("weight 0.5 costs less than 5 points", "", weights[1], hg_dpo)),
             ("judge", "diversity"), note="The paper draws with weight 0.5, and says that 0.8 loses diversity."),
+        Experiment(
+            "longer", "Ours: four times the steps", "",
+            (Line("60 steps", hg_dpo), Line("60 steps, cosine", cosine), Line("240 steps", longer[""]),
+             *[Line(f"240 steps, {name[1:].replace('-', ' and ')}", row) for name, row in longer.items() if name]),
+            (beats("four times the steps undo a part of the gain", "", hg_dpo, longer[""]),
+             costs_little("with a linear decay they cost less than 5 points", "", longer["-linear"], hg_dpo),
+             costs_little("with a cosine decay they cost less than 5 points", "", longer["-cosine"], hg_dpo),
+             beats("a cosine decay is better than none at 240 steps", "", longer["-cosine"], longer[""]),
+             beats("a moving average is better than none at 240 steps", "", longer["-ema"], longer[""])),
+            note="The paper does not say how long it trains."),
     )}
 
 
@@ -212,8 +229,8 @@ def parts_of(row: Row, seed: int, scale: Scale) -> list[Part]:
         *shared_parts(scale),
         part(data, f"build_dataset.py --reselect DIR/pool --pool-size {training.pool} --loser-rank {training.loser} "
              f"--limit {training.prompts}"),
-        part(run, f"train.py --data DIR/{data} --loss {loss}{options} {TRAINING} --steps {scale.train_steps} --seed "
-             f"{seed}"),
+        part(run, f"train.py --data DIR/{data} --loss {loss}{options} {TRAINING}{training.more} --steps "
+             f"{training.times * scale.train_steps} --seed {seed}"),
         part(evaluation, f"evaluate.py --baseline DIR/base --compare {row.name}={lora} --num-images {NUM_IMAGES} "
              f"{DRAWING} --scorers {','.join(SCORERS.values())}")]
 
@@ -227,5 +244,5 @@ def unet_rows(row: Row, scale: Scale) -> int:
     twice and the reference once."""
     training = row.training
     drawn = training.prompts * training.pool * STEPS * 2
-    trained = scale.train_steps * BATCH_SIZE * (3 if training.loss == "sft" else 2 * 4)
+    trained = training.times * scale.train_steps * BATCH_SIZE * (3 if training.loss == "sft" else 2 * 4)
     return drawn + trained
