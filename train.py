@@ -16,12 +16,10 @@ import cli
 # isort: split
 import contextlib
 import json
-import math
 import signal
 import sys
 import time
 from functools import lru_cache
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -40,7 +38,8 @@ from sampling import add_noise, seeded
 from training.average import averaged, update_average
 from training.memory import save_memory
 from training.parallel import any_process, average_gradients
-from training.run import append_lines, check_start, is_finite, log_lines, model_card, resume, save_checkpoint
+from training.rate import SCHEDULES, learning_rate
+from training.run import append_lines, append_log, check_start, log_lines, model_card, resume, save_checkpoint
 from training.samples import draw_samples
 
 OPTIONS = {name: option for loss in LOSSES.values() for name, option in loss.options.items()}
@@ -49,9 +48,6 @@ NOTED = ("model", "data", "loss", "beta", "lambda_stat", "rank", "alpha", "lr", 
          "optimizer", "max_grad_norm", "dtype", "holdout", "prediction_type")
 MAY_CHANGE = ("model", "data", "init_lora")         # of these the contents count
 LATER = {"lr_schedule": "constant", "ema": 0.0, "sft_weight": 0.0}     # noted where they are not so
-SCHEDULES = {              # the share of --lr, from the share of --steps that is done
-    "constant": lambda done: 1.0, "linear": lambda done: 1 - done,
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2}
 
 
 def parse_args():
@@ -228,8 +224,7 @@ def main() -> None:
             parameters, args.rank, args.alpha = load_lora_to_train(args.init_lora, unet, pipeline.text_encoder)
         inputs |= {"init_lora": digest_all(files)}
     else:
-        parameters = inject_lora(
-            unet, args.rank, args.alpha, generator=seeded("the LoRA's first weights", args.seed))
+        parameters = inject_lora(unet, args.rank, args.alpha, generator=seeded("the LoRA's first weights", args.seed))
     if not args.sample_every:                              # nothing else needs them; their memory goes back
         pipeline.vae.to("meta")
         pipeline.text_encoder.to("meta")
@@ -273,11 +268,14 @@ def main() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopping.append(True))
 
+        def ids_of(step: int) -> list[str]:
+            numbers = range((step - 1) * per_step, step * per_step)
+            return [data.lines[pair_number(s, pairs, args.seed)]["id"] for s in numbers]
+
         buffer, then = [], time.perf_counter()
         for step in cli.progress(range(start + 1, args.steps + 1), args.steps - start, "training"):
             for group in optimizer.param_groups:
-                rise = min(1.0, step / args.warmup) if args.warmup else 1.0
-                group["lr"] = args.lr * rise * SCHEDULES[args.lr_schedule]((step - 1) / args.steps)
+                group["lr"] = learning_rate(args.lr, args.lr_schedule, args.warmup, step, args.steps)
             logs = {}
             for micro in range(args.grad_accum):
                 # This process's share of the pairs (step - 1) * per_step ... step * per_step of the run.
@@ -291,9 +289,10 @@ def main() -> None:
                 x_t = add_noise(x0, noise, t_rows, alphas_cumprod)               # (2B, 4, h, w), winners first
                 with torch.autocast(device.type, dtype, enabled=args.full and dtype != torch.float32):
                     predicted = predictions(unet, x_t, t_rows, context, loss_of.takes("eps_ref"), args.compile)
-                scores = {"scores": data.scores(rows).to(device)} if loss_of.takes("scores") else {}
-                loss, more = loss_of(
-                    options, **predicted, noise=noise, timesteps=t, alphas_cumprod=alphas_cumprod, **scores)
+                given = {"noise": noise, "timesteps": t, "alphas_cumprod": alphas_cumprod, **predicted}
+                if loss_of.takes("scores"):
+                    given["scores"] = data.scores(rows).to(device)
+                loss, more = loss_of(options, **given)
                 if args.sft_weight:
                     winners = slice(len(t))
                     loss = loss + args.sft_weight * squared_error(predicted["eps"][winners], noise[winners]).mean()
@@ -312,17 +311,9 @@ def main() -> None:
             sample = args.sample_every and (step % args.sample_every == 0 or step == args.steps)
             if due or stop or sample or step == 1 or len(buffer) == 10:
                 lines = log_lines(buffer, (time.perf_counter() - then) / len(buffer), world)
-                good = list(takewhile(is_finite, lines))
-                if good and good[0]["step"] == 1 and loss_of.at_start and not args.init_lora:
-                    check_start(good[0], loss_of.at_start)
-                if rank == 0:
-                    append_lines(out / "log.jsonl", good)
-                if len(good) < len(lines):
-                    bad = lines[len(good)]
-                    numbers = range((bad["step"] - 1) * per_step, bad["step"] * per_step)
-                    ids = ", ".join(data.lines[pair_number(s, pairs, args.seed)]["id"] for s in numbers)
-                    raise UserError(f"step {bad['step']}: the loss is {bad['loss']}, its gradient {bad['grad_norm']}; "
-                                    f"pairs {ids}; {out / 'checkpoint'} keeps the last good state")
+                if not args.init_lora:
+                    check_start(lines[0], loss_of.at_start)
+                append_log(out, lines, ids_of, write=rank == 0)
                 if sample and rank == 0:                   # before the checkpoint: after it, a kill would lose it
                     with averaged(parameters, average):
                         watch(out, step, pipeline, data, held_out, args.batch_size, args.seed)

@@ -96,8 +96,7 @@ def sample_latents(
     noise = {"generators": generators} if sampler.stochastic else {}
 
     def sample(eps_fn: Callable, x: Tensor, after_step: Callable | None = None) -> Tensor:
-        return sampler.sample(
-            eps_fn, x, alphas_cumprod, drawing.steps, scheduler, after_step=after_step, **noise)
+        return sampler.sample(eps_fn, x, alphas_cumprod, drawing.steps, scheduler, after_step=after_step, **noise)
 
     eps_fn = guided_eps(pipeline.unet, context, context_uncond, drawing.guidance, v_schedule)
     if lan:

@@ -7,6 +7,8 @@
 
 import json
 import math
+from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -63,17 +65,27 @@ def log_lines(steps: list[tuple[int, float, dict[str, Tensor]]], seconds: float,
             for (step, lr, _), row in zip(steps, mean_of_processes(values, world).tolist())]
 
 
-def is_finite(line: dict) -> bool:
-    return math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
-
-
 def check_start(line: dict, at_start: dict[str, float]) -> None:
     """Before the first step a new LoRA changes nothing: policy and reference are the same network, or precision or the
     reference is wrong. So the loss is known."""
+    if line["step"] > 1 or not at_start or not math.isfinite(line["loss"]):
+        return
     for key, expected in at_start.items():
         if not math.isclose(line[key], expected, rel_tol=1e-5, abs_tol=1e-12):
             raise UserError(f"step 1: {key} is {line[key]}, and must be {expected}; a bug")
     print(f"step 1: {', '.join(f'{key} = {line[key]:g}' for key in at_start)}, as it must be")
+
+
+def append_log(out: Path, lines: list[dict], ids_of: Callable[[int], list[str]], write: bool) -> None:
+    """The lines up to the first whose loss or gradient is not finite, which ends the run; `ids_of` its step are the
+    pairs that it is about."""
+    good = list(takewhile(lambda line: math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]), lines))
+    if write:
+        append_lines(out / "log.jsonl", good)
+    for bad in lines[len(good):]:
+        raise UserError(
+            f"step {bad['step']}: the loss is {bad['loss']}, its gradient {bad['grad_norm']}; pairs "
+            f"{', '.join(ids_of(bad['step']))}; {out / 'checkpoint'} keeps the last good state")
 
 
 def append_lines(path: Path, lines: list[dict]) -> None:
