@@ -142,9 +142,8 @@ def predictions(
     """`eps` of the policy, and `eps_ref` of the reference, the same U-Net with its LoRA off, where one is asked for.
 
     At the first step both must be equal to the last bit: beta makes a logit of any rounding. Eager kernels are chosen
-    by shapes and dtypes alone, on CUDA too, so without gradients they round as with them. A compiler makes one graph
-    with and another without gradients, and fuses them differently: compiled, the reference runs in the policy's graph,
-    of which nothing is kept."""
+    by shapes and dtypes alone, on CUDA too, so without gradients they round as with them. A compiler fuses a graph with
+    gradients otherwise than one without: compiled, the reference runs in the policy's graph, and is detached."""
     x_t = x_t.to(context.dtype)
     found = {}
     if reference:
@@ -252,8 +251,8 @@ def main() -> None:
             args.model, args.loss, Path(args.data).name, len(pairs), step, lora=not args.full, settings=settings)
         save_checkpoint(out, run, step, parameters, average, optimizer, card)
 
-    with locked(out) if rank == 0 else contextlib.nullcontext():
-        if rank == 0:                                      # it alone writes in the folder; the others wait for it
+    with locked(out) if rank == 0 else contextlib.nullcontext():     # rank 0 alone writes; the others wait for it
+        if rank == 0:
             open_manifest(out / "config.json", settings, inputs, MAY_CHANGE)
             clear_unfinished(out)
             write_manifest(out / "config.json", settings, inputs)
