@@ -14,6 +14,7 @@ import train
 from benchmarks.results import __main__ as results
 from benchmarks.results import experiments, work
 from benchmarks.results.experiments import FULL, NUM_IMAGES, QUICK, Row, Scale, Training, rises
+from benchmarks.results.page import read_rows
 from benchmarks.results.statistics import FIGURES, effect, interval, table, verdict
 from evaluation.statistics import wilson
 from model.errors import UserError
@@ -145,7 +146,7 @@ def test_the_page_says_what_held_what_did_not_and_what_is_missing(tmp_path, prog
             write_run(tmp_path / "rows", rows[name], seed, FULL, win)
     write_run(tmp_path / "rows", rows["sft"], 0, FULL, digest="of other settings")
     results.write_page(tmp_path / "rows", FULL, tmp_path, tmp_path / "out", ["table3", "table1"])
-    page = (tmp_path / "RESULTS.md").read_text()
+    page, found = (tmp_path / "RESULTS.md").read_text(), read_rows(tmp_path / "rows", FULL)
     lines = {line.split(" | ")[1]: line for line in page.split("\n") if line.startswith("| [table3]")}
     assert lines["the win rate rises with N, by the judge"].endswith("**held** |")
     assert lines["statistic matching costs less than 5 points"].endswith("**not held** |")
@@ -162,6 +163,9 @@ def test_the_page_says_what_held_what_did_not_and_what_is_missing(tmp_path, prog
     assert {"name", "seeds", "scorer", "judge", "right", "colour", "diversity", "unet_rows", "seconds"} == row.keys()
     assert row["name"] == "n2" and row["seeds"] == [0, 1, 2] and row["colour"] == 5 and row["seconds"] == 110
     assert row["judge"]["ci95"][0] < row["judge"]["percent"] < row["judge"]["ci95"][1]
+    board = page[page.index("## Leaderboard"):page.index("## Commands")]
+    names = [line.partition("[")[2].partition("]")[0] for line in board.split("\n") if line.startswith("| [")]
+    assert names == sorted(found, key=lambda name: -found[name].figures["right"][0]) and "hg_dpo.py, " in board
     charts = {path.stem: ET.parse(path).getroot() for path in (tmp_path / "docs" / "results").iterdir()}
     circles = [element for element in charts["table3"].iter() if element.tag.endswith("circle")]
     assert len(circles) == 2 * len(wins)
@@ -169,10 +173,10 @@ def test_the_page_says_what_held_what_did_not_and_what_is_missing(tmp_path, prog
 
 def test_rows_of_the_full_scale():
     rows = rows_of(FULL)
-    assert len(rows) == 18                               # what experiments share is run once
+    assert len(rows) == 24                               # what experiments share is run once
     assert experiments.unet_rows(rows["hg-dpo"], FULL) == 640 * 20 * 10 * 2 + 60 * 32 * 2 * 4
     runs = [experiments.parts_of(row, 1, FULL)[3] for row in rows.values()]
-    assert len({run.name for run in runs}) == len({run.command for run in runs}) == 14
+    assert len({run.name for run in runs}) == len({run.command for run in runs}) == 20
     assert experiments.parts_of(rows["weight50"], 1, FULL)[4].command.startswith(
         "evaluate.py --baseline DIR/base --compare weight50=DIR/runs/hg-dpo-1/lora.safetensors:0.5 --num-images 2")
 

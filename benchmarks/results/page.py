@@ -1,5 +1,6 @@
 """RESULTS.md, its charts and results.json, from the rows' files alone. What is not there is named as missing."""
 
+import inspect
 import json
 import math
 import re
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.statistics import HSV
+from losses import LOSSES
 from model.errors import UserError
 from model.files import write_text
 
@@ -17,6 +19,7 @@ from .statistics import FIGURES, RESAMPLES, effect, interval, table, verdict
 from .work import read_row
 
 SEEDS = 3                                      # that a row should have
+BUDGET = 300_000                               # of the leaderboard, U-Net rows with one seed
 
 HEAD = """# The paper's claims, measured
 
@@ -150,6 +153,27 @@ def rows_table(experiment: Experiment, found: dict[str, Found]) -> str:
     return markdown(head, lines + base)
 
 
+def leaderboard(found: dict[str, Found]) -> str:
+    """Methods under one budget, the best first."""
+    lines = []
+    for name, one in sorted(found.items(), key=lambda item: -item[1].figures["right"][0]):
+        run = one.runs[min(one.runs)]
+        if run["unet_rows"] <= BUDGET:
+            loss = re.search(r"--loss (\S+)", " ".join(run["commands"]))[1]
+            file = Path(inspect.getsourcefile(LOSSES[loss].function))
+            lines.append([
+                f"[{name}](#{name})", shown(one.figures["right"], 1), f"{run['unet_rows']:,}", f"{one.seconds:.0f}",
+                f"losses/{file.name}, {len(file.read_text().splitlines())}", run["commit"][:10],
+                ", ".join(map(str, sorted(one.runs)))])
+    if not lines:
+        return ""
+    return (
+        "## Leaderboard\n\nOne budget, one figure: with at most "
+        f"{BUDGET:,} U-Net rows, pool and training together, how many pictures of the test prompts are right by the "
+        "judge. An entry is a loss in one file and a row in `benchmarks/results/experiments.py`.\n\n"
+        + markdown(["", FIGURES["right"].heading, "U-Net rows", "seconds", "loss, lines", "commit", "seeds"], lines))
+
+
 def commands(name: str, found: dict[str, Found]) -> str:
     """How a row was made, where, and at what cost."""
     if name not in found:
@@ -186,6 +210,7 @@ def page(found: dict[str, Found], scale: Scale) -> str:
         text += rows_table(experiment, found)
         if any(line.row.name in found for line in experiment.lines):
             text += f"![{experiment.title}](docs/results/{experiment.name}.svg)\n\n"
+    text += leaderboard(found)
     text += "## Commands\n\nDIR is `--out`. U-Net rows and seconds are what one seed of a row takes alone, its pool "
     text += "included; a backward pass counts as two rows. Every row begins with\n\n```\n"
     text += "".join(f"python {part.command}\n" for part in shared_parts(scale)) + "```\n\nand goes on, with its "
