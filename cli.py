@@ -38,7 +38,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:           # without "(default: None)"
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        nothing = action.default is None or action.default is False or action.default in ([], "")
+        return action.help if nothing else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

@@ -54,7 +54,7 @@ def parse_args():
     parser = cli.common_parser(__doc__)
     parser.add_argument("--data", required=True, metavar="DIR", help="made by build_dataset.py")
     parser.add_argument("--out", required=True, metavar="DIR", help="the run; the same command goes on with it")
-    parser.add_argument("--loss", default="hg-dpo", choices=tuple(LOSSES))
+    parser.add_argument("--loss", default="hg-dpo", choices=tuple(LOSSES), help="see losses/table.py")
     for name, option in OPTIONS.items():
         defaults = {kind: loss.defaults()[name] for kind, loss in LOSSES.items() if name in loss.options}
         parser.add_argument(
@@ -62,7 +62,7 @@ def parse_args():
             help=f"{option.help} (default: " + ", ".join(f"{kind} {value:g}" for kind, value in defaults.items()) + ")")
     parser.add_argument("--rank", type=cli.whole(1), help="of the LoRA (default: 8)")
     parser.add_argument("--alpha", type=cli.real(above=0), help="the LoRA acts with alpha / rank (default: 8)")
-    parser.add_argument("--lr", type=cli.real(above=0), default=1e-5)
+    parser.add_argument("--lr", type=cli.real(above=0), default=1e-5, help="learning rate")
     parser.add_argument("--warmup", type=cli.whole(0), default=0, help="steps over which the rate rises to --lr")
     parser.add_argument(
         "--lr-schedule", default="constant", choices=tuple(SCHEDULES), help="how it then falls, to 0 after --steps")
