@@ -72,6 +72,10 @@ def read_shard(folder: Path, manifest: dict, name: str) -> tuple[dict[str, Tenso
     for which, tensor in (("latents_w", latents[0]), ("latents_l", latents[1])):
         if tensor is not None and (list(tensor.shape) != shape or not tensor.is_floating_point()):
             raise UserError(f"{path}: {which} is {list(tensor.shape)} of {tensor.dtype}, and {shape} was expected")
+    pool = tensors.get("pool")
+    if pool is not None and (pool.ndim != 5 or [len(pool), *pool.shape[2:]] != shape or not pool.is_floating_point()):
+        raise UserError(f"{path}: pool is {list(pool.shape)} of {pool.dtype}, and as many pictures of {shape} each were "
+                        "expected")
     if context.ndim != 3 or context.shape[::2] != (len(lines), manifest["context_width"]):
         raise UserError(
             f"{path}: context is {list(context.shape)}, and {[len(lines), 77, manifest['context_width']]} was expected")

@@ -463,6 +463,7 @@ def test_damaged_files_are_one_line(options, program, data, tmp_path, capsys):
             lambda shard: shard.update(latents_l=shard["latents_l"][:, :, :4].contiguous()),
             lambda shard: shard.update(latents_w=shard["latents_w"][:5].contiguous()),
             lambda shard: shard.update(latents_w=shard["latents_w"].int()),
+            lambda shard: shard.update(pool=shard["latents_w"].clone()),
             lambda shard: shard.update(context=shard["context"][..., :8].contiguous()))):
         folder = changed_shard(data, tmp_path / f"shard{i}", change)
         assert program(train, *options, "--data", folder, "--out", tmp_path / "new") == 2
