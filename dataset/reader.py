@@ -74,7 +74,7 @@ def read_shard(folder: Path, manifest: dict, name: str) -> tuple[dict[str, Tenso
             raise UserError(f"{path}: {which} is {list(tensor.shape)} of {tensor.dtype}, and {shape} was expected")
     pool = tensors.get("pool")
     if pool is not None and (pool.ndim != 5 or [len(pool), *pool.shape[2:]] != shape or not pool.is_floating_point()):
-        raise UserError(f"{path}: pool is {list(pool.shape)} of {pool.dtype}, and as many pictures of {shape} each were "
+        raise UserError(f"{path}: pool is {list(pool.shape)} of {pool.dtype}, and pools of pictures like {shape} were "
                         "expected")
     if context.ndim != 3 or context.shape[::2] != (len(lines), manifest["context_width"]):
         raise UserError(
