@@ -38,8 +38,9 @@ prompts alone. A length cannot be negative: the interval of a small shift lies m
 
 A claim says that an effect lies above a threshold, 0 unless another is given: a slope, by how much a figure rises (or
 falls, where that is the claim) from one row to the next, or a difference of two rows, such as what a shift is cut by.
-It is **held** where the whole interval lies above, **not held** where it lies below, and else **within noise**. Of
-twenty such intervals one misses by chance.
+It is **held** where the whole interval lies above, **not held** where it lies below, and else **within noise**; in
+brackets where it has fewer than 3 seeds, and so says nothing of another training. Of twenty such intervals one misses
+by chance.
 
 {made}
 """
@@ -128,7 +129,7 @@ def verdicts(some: list[Experiment], found: dict[str, Found]) -> str:
             ours += f", above {claim.above:g}" if claim.above else ""
             ours += f", {len(seeds)} of {SEEDS} seeds" if 0 < len(seeds) < SEEDS else ""
             lines.append([f"[{experiment.name}](#{experiment.name})", claim.text, claim.paper, ours,
-                          f"**{said}**" if said else ""])
+                          f"**{said}**" if len(seeds) >= SEEDS else f"({said})" if said else ""])
     return markdown(["", "claim", "the paper", "effect here", "verdict"], lines)
 
 
