@@ -152,7 +152,7 @@ def test_the_page_says_what_held_what_did_not_and_what_is_missing(tmp_path, prog
     assert lines["statistic matching costs less than 5 points"].endswith("**not held** |")
     assert "1 of 3 seeds" in lines["LAN costs less than 5 points"] and "**only 0**" in page
     assert "**Missing rows: loser2," in page and ", sft, " in page and "Fewer than 3 seeds have: lan." in page
-    assert "16 runs, 160 s in all; A CPU, 2 cores, torch 2.9." in page          # the pool's 100 count once
+    assert "16 runs, 60 s in all, the pool not counted; A CPU, 2 cores, torch 2.9." in page
     assert "seed 2: c0ffeec0ff+changes on A CPU, 2 cores" in page
     assert "python train.py --data DIR/data/640-2-2 --loss dpo --beta 1000 --lr 5e-4" in page
     entries = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -161,7 +161,7 @@ def test_the_page_says_what_held_what_did_not_and_what_is_missing(tmp_path, prog
     assert entries[-1]["missing"] == ["sft", "beta-x4", "beta-x20"]
     row = entries[0]["rows"][0]
     assert {"name", "seeds", "scorer", "judge", "right", "colour", "diversity", "unet_rows", "seconds"} == row.keys()
-    assert row["name"] == "n2" and row["seeds"] == [0, 1, 2] and row["colour"] == 5 and row["seconds"] == 110
+    assert row["name"] == "n2" and row["seeds"] == [0, 1, 2] and row["colour"] == 5 and row["seconds"] == 10
     assert row["judge"]["ci95"][0] < row["judge"]["percent"] < row["judge"]["ci95"][1]
     board = page[page.index("## Leaderboard"):page.index("## Commands")]
     names = [line.partition("[")[2].partition("]")[0] for line in board.split("\n") if line.startswith("| [")]

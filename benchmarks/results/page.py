@@ -46,6 +46,12 @@ by chance.
 """
 
 
+def own_seconds(run: dict) -> dict[str, float]:
+    """Of each part but those that all rows share: they may have been made in several goes, or elsewhere."""
+    shared = [part.name for part in shared_parts(FULL)]
+    return {name: seconds for name, seconds in run["seconds"].items() if name not in shared}
+
+
 @dataclass(frozen=True)
 class Found:
     """What there is of a row."""
@@ -58,8 +64,8 @@ class Found:
 
     @property
     def seconds(self) -> float:
-        """With one seed, alone: its pool included."""
-        return self.mean(lambda run: math.fsum(run["seconds"].values()))
+        """With one seed, without what all rows share."""
+        return self.mean(lambda run: math.fsum(own_seconds(run).values()))
 
 
 def read_rows(folder: Path, scale: Scale) -> dict[str, Found]:
@@ -194,7 +200,7 @@ def page(found: dict[str, Found], scale: Scale) -> str:
     names = list(dict.fromkeys(line.row.name for experiment in some for line in experiment.lines))
     runs = [run for one in found.values() for run in one.runs.values()]
     machines = sorted({"{cpu}, {cores} cores, torch {torch}".format(**run["machine"]) for run in runs})
-    total = math.fsum(seconds for _, seconds in {part for run in runs for part in run["seconds"].items()})
+    total = math.fsum(seconds for _, seconds in {part for run in runs for part in own_seconds(run).items()})
     few = [name for name in names if name in found and len(found[name].runs) < SEEDS]
     missing = [name for name in names if name not in found]
     text = HEAD.format(
@@ -203,7 +209,8 @@ def page(found: dict[str, Found], scale: Scale) -> str:
         f"{scale.test_prompts} test prompts with {NUM_IMAGES} pictures each."
         + ("" if scale == FULL else " **So few try the machinery, and say nothing of the claims.**"),
         few=f" Fewer than {SEEDS} seeds have: {', '.join(few)}." if few else "",
-        made=f"{len(runs)} runs, {total:,.0f} s in all" + "".join(f"; {machine}" for machine in machines) + "."
+        made=f"{len(runs)} runs, {total:,.0f} s in all, the pool not counted"
+        + "".join(f"; {machine}" for machine in machines) + "."
         + (f" **Missing rows: {', '.join(missing)}.**" if missing else ""))
     text += "\n## Verdicts\n\n" + verdicts(some, found)
     for experiment in some:
@@ -212,8 +219,8 @@ def page(found: dict[str, Found], scale: Scale) -> str:
         if any(line.row.name in found for line in experiment.lines):
             text += f"![{experiment.title}](docs/results/{experiment.name}.svg)\n\n"
     text += leaderboard(found)
-    text += "## Commands\n\nDIR is `--out`. U-Net rows and seconds are what one seed of a row takes alone, its pool "
-    text += "included; a backward pass counts as two rows. Every row begins with\n\n```\n"
+    text += "## Commands\n\nDIR is `--out`. U-Net rows are what one seed of a row takes alone, its pool included (a "
+    text += "backward pass counts as two); seconds leave out what all rows share. Every row begins with\n\n```\n"
     text += "".join(f"python {part.command}\n" for part in shared_parts(scale)) + "```\n\nand goes on, with its "
     return text + "first seed, as follows.\n\n" + "".join(commands(name, found) for name in names)
 
