@@ -172,7 +172,7 @@ def experiments(scale: Scale) -> dict[str, Experiment]:
             (beats("HG-DPO wins more than SFT on winners", "85.3 against 74.6 %", hg_dpo, sft),
              beats("HG-DPO wins more than DPO with beta x4", "85.3 against 76.3 %", hg_dpo, beta4),
              beats("HG-DPO wins more than DPO with beta x20", "85.3 against 81.4 %", hg_dpo, beta20)),
-            note="SFT trains with the rate that was chosen for DPO, which ruins it; one of its own is not searched yet. "
+            note="SFT trains with the rate that was chosen for DPO, which ruins it; its own is not searched yet. "
             "Not here yet: people's pairs (83.1 %) and AlignProp (39.6 %)."),
         Experiment(
             "weight", "Fig. 8: HG-DPO's LoRA at a lower weight", "no figures",
