@@ -98,6 +98,9 @@ def read_drawn(side: Side) -> tuple[list[dict], tuple[int, int]]:
     """The rows of a folder's images.jsonl, all of whose pictures are there, and their width and height."""
     folder = Path(side.model)
     rows = read_listing(folder / "images.jsonl", seed=int)
+    if nested := [row["file"] for row in rows if Path(row["file"]).name != row["file"]]:
+        raise UserError(f"{folder / 'images.jsonl'}: {nested[0]!r:.200} lies in a folder of its own; pictures right "
+                        "beside the list were expected")
     if lost := [row["file"] for row in rows if not (folder / row["file"]).is_file()]:
         raise UserError(f"{folder}: {len(rows)} pictures in images.jsonl; {len(lost)} are not there ({lost[0]}, ...)")
     return rows, open_picture(folder / rows[0]["file"]).size

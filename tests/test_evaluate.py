@@ -457,6 +457,10 @@ def test_folders_of_pictures_and_what_is_wrong_with_them(run, tmp_path, red):
     outside = save_folder(tmp_path / "outside", greys(1))
     (outside / "images.jsonl").write_text('{"file": "../base/00000.png", "prompt": "a", "seed": 0}\n')
     assert "lies outside the folder" in refused(outside)
+    (outside / "inner").mkdir()                # a study would copy pictures of one name over each other
+    (outside / "00000.png").rename(outside / "inner" / "00000.png")
+    (outside / "images.jsonl").write_text('{"file": "inner/00000.png", "prompt": "a", "seed": 0}\n')
+    assert "lies in a folder of its own" in refused(outside)
     assert "--width 512" in refused(tuned, "--width", 512)
     assert "--prompts" in refused(tuned, "--prompts", "prompts.txt")
     assert "a LoRA comes too late" in refused(f"{tuned}+a.safetensors")
