@@ -6,7 +6,7 @@ RUNS = demo/run demo/dpo demo/weak demo/strong
 
 .PHONY: demo results test test-avx2 bench lint clean
 
-# The whole job in four minutes. Drawing the pool takes the longest by far: for show it is drawn for six prompts, and
+# The whole job in under five minutes. Drawing the pool takes the longest by far: for show it is drawn for six prompts, and
 # training goes on from the pairs of 640 prompts that ship with the checkpoint (paper_people/pairs.py).
 demo: .venv/core
 	.venv/bin/python build_dataset.py --limit 6 --steps 10 --out demo/pool

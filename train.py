@@ -107,7 +107,7 @@ def loss_options(args, latent_size: tuple[int, int]) -> dict[str, float]:
     for name, option in OPTIONS.items():
         if (given := getattr(args, name)) is not None:
             values[name] = option.auto(*latent_size) if given == "auto" else given
-            if name not in LOSSES[args.loss].options:
+            if name not in LOSSES[args.loss].options and cli.rank_and_world()[0] == 0:
                 print(f"warning: --loss {args.loss} takes no --{name.replace('_', '-')}", file=sys.stderr)
     return values
 
