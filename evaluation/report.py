@@ -16,8 +16,9 @@ from string import Template
 import numpy as np
 from PIL import Image
 
-from evaluation.statistics import HSV, RGB, rgb_levels
 from model.files import is_a, read_lines
+
+from .statistics import HSV, RGB, rgb_levels
 
 AREA, TOTAL_AREA = 190_000, 48_000_000           # pixels of a thumbnail (360x528), and of all: 20 MB or so
 KEPT_AREA = 128 * 128                            # up to here a picture is shown as it is, enlarged without blur

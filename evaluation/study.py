@@ -22,11 +22,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from dataset.images import open_picture, read_listing
-from evaluation.report import KEPT_AREA
-from evaluation.sides import Side
-from evaluation.statistics import percent_and_interval, wilson, win_rate
 from model.errors import UserError
 from model.files import read_json, write_text
+
+from .report import KEPT_AREA
+from .sides import Side
+from .statistics import percent_and_interval, wilson, win_rate
 
 LONGEST_NAME = 60
 STYLE = Path(__file__).with_name("study.css").read_text(encoding="utf-8")
