@@ -141,6 +141,32 @@ def add_drawing_options(parser: argparse.ArgumentParser, samplers: Iterable[str]
     parser.add_argument("--batch-size", type=whole(1), default=4, help="pictures drawn at once; does not change them")
 
 
+def add_training_options(
+    parser: argparse.ArgumentParser, schedules: Iterable[str], unit: str, *, lr: float | None, batch_size: int | None,
+    grad_accum: int | None, steps: int, save_every: int,
+) -> None:
+    """How a LoRA is trained, on whatever `unit` is; a default of None is the program's to fill in."""
+    parser.add_argument("--rank", type=whole(1), help="of the LoRA (default: 8)")
+    parser.add_argument("--alpha", type=real(above=0), help="the LoRA acts with alpha / rank (default: 8)")
+    parser.add_argument("--lr", type=real(above=0), default=lr, help="learning rate")
+    parser.add_argument("--warmup", type=whole(0), default=0, help="steps over which the rate rises to --lr")
+    parser.add_argument(
+        "--lr-schedule", default="constant", choices=tuple(schedules), help="how it then falls, to 0 after --steps")
+    parser.add_argument("--ema", type=real(0, below=1), default=0.0, metavar="DECAY",
+                        help="save the moving average of the weights, such as 0.98; 0 is off")
+    parser.add_argument("--batch-size", type=whole(1), default=batch_size, help=f"{unit} a batch and process")
+    parser.add_argument("--grad-accum", type=whole(1), default=grad_accum, help="batches a step")
+    parser.add_argument("--steps", type=whole(1), default=steps)
+    parser.add_argument("--save-every", type=whole(1), default=save_every, help="steps between checkpoints")
+    parser.add_argument("--sample-every", type=whole(0), default=0, help="steps between sample pictures; 0 is never")
+    parser.add_argument("--max-grad-norm", type=real(above=0), default=1.0)
+    parser.add_argument("--init-lora", metavar="FILE", help="start from this LoRA; the reference stays the bare model")
+    parser.add_argument("--lora-format", default="kohya", choices=("kohya", "peft"))
+    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw8bit"))
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net")
+
+
 def add_prompt_options(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--prompts", metavar="FILE", help=help)
     parser.add_argument("--category", help="with a table of prompts: keep the rows whose Category this is")

@@ -63,30 +63,12 @@ def parse_args():
             f"--{name.replace('_', '-')}",
             type=cli.real(option.least, option.above, below=option.below, auto=option.auto is not None),
             help=f"{option.help} (default: " + ", ".join(f"{kind} {value:g}" for kind, value in defaults.items()) + ")")
-    parser.add_argument("--rank", type=cli.whole(1), help="of the LoRA (default: 8)")
-    parser.add_argument("--alpha", type=cli.real(above=0), help="the LoRA acts with alpha / rank (default: 8)")
-    parser.add_argument("--lr", type=cli.real(above=0), default=1e-5, help="learning rate")
-    parser.add_argument("--warmup", type=cli.whole(0), default=0, help="steps over which the rate rises to --lr")
-    parser.add_argument(
-        "--lr-schedule", default="constant", choices=tuple(SCHEDULES), help="how it then falls, to 0 after --steps")
-    parser.add_argument("--ema", type=cli.real(0, below=1), default=0.0, metavar="DECAY",
-                        help="save the moving average of the weights, such as 0.98; 0 is off")
     parser.add_argument("--sft-weight", type=cli.real(0), default=0.0, help="of the winners' error, added to the loss")
-    parser.add_argument("--batch-size", type=cli.whole(1), default=4, help="pairs a step and process")
-    parser.add_argument("--grad-accum", type=cli.whole(1), default=1, help="batches a step")
-    parser.add_argument("--steps", type=cli.whole(1), default=1000)
-    parser.add_argument("--save-every", type=cli.whole(1), default=100, help="steps between checkpoints")
-    parser.add_argument(
-        "--sample-every", type=cli.whole(0), default=0, help="steps between sample pictures; 0 is never")
     parser.add_argument("--holdout", type=cli.whole(0), default=0, help="with --sample-every: pairs kept out of "
                         "training, for the held-out accuracy")
-    parser.add_argument("--max-grad-norm", type=cli.real(above=0), default=1.0)
     parser.add_argument("--full", action="store_true", help="train the whole U-Net (with a loss without reference)")
-    parser.add_argument("--init-lora", metavar="FILE", help="start from this LoRA; the reference stays the bare model")
-    parser.add_argument("--lora-format", default="kohya", choices=("kohya", "peft"))
-    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw8bit"))
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net")
+    cli.add_training_options(
+        parser, SCHEDULES, "pairs", lr=1e-5, batch_size=4, grad_accum=1, steps=1000, save_every=100)
     args = parser.parse_args()
     if args.full and LOSSES[args.loss].takes("eps_ref"):
         without = ", ".join(name for name, loss in LOSSES.items() if not loss.takes("eps_ref"))
@@ -190,7 +172,8 @@ def main() -> None:
             else:
                 save_lora(out / "lora.safetensors", unet, format=args.lora_format)
         names = " and ".join(Path(folder).name for folder in args.data)
-        card = model_card(args.model, args.loss, names, len(pairs), step, lora=not args.full, settings=settings)
+        learned = f"{step} steps on {len(pairs)} pairs of `{names}`"
+        card = model_card(args.model, args.loss, learned, lora=not args.full, settings=settings)
         save_checkpoint(out, run, step, parameters, average, optimizer, card)
 
     with locked(out) if rank == 0 else contextlib.nullcontext():     # rank 0 alone writes; the others wait for it

@@ -17,7 +17,7 @@ from .errors import UserError
 from .files import was_read
 from .hub import find_file
 from .open_clip import read_weights
-from .preprocess import openai_preprocess, to_batch
+from .preprocess import NetworkScorer, openai_pixels, openai_preprocess
 from .reward_head import RewardHead
 
 WEIGHTS, WORDS = "THUDM/ImageReward", "google-bert/bert-base-uncased"            # on the Hub
@@ -72,7 +72,7 @@ class ImageRewardNetwork(nn.Module):
         return self.mlp(self.blip(images, input_ids, mask)[:, 0])
 
 
-class ImageReward:
+class ImageReward(NetworkScorer):
     """score = (head - mean) / std: about -2 to 2, and negative for half of all pictures."""
 
     formula = "(BLIP's reward - 0.1672) / 1.0333"
@@ -80,14 +80,19 @@ class ImageReward:
     def __init__(self, network: ImageRewardNetwork, words: WordPiece):
         self.network, self.words = network, words
 
-    @torch.no_grad()
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """B pictures of any size and their B prompts -> (B,) float32, on the CPU."""
-        vision = self.network.blip.visual_encoder
-        pixels = to_batch(lambda image: openai_preprocess(image, vision.image_size), images, prompts, vision.pos_embed)
+    def like(self) -> Tensor:
+        return self.network.blip.visual_encoder.pos_embed
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        return openai_preprocess(image, self.network.blip.visual_encoder.image_size)
+
+    def prepare_pixels(self, pixels: Tensor) -> Tensor:
+        return openai_pixels(pixels, self.network.blip.visual_encoder.image_size)
+
+    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         ids, mask = self.words.encode(prompts)
         raw = self.network(pixels, ids.to(pixels.device), mask.to(pixels.device))
-        return ((raw - MEAN) / STD).float().cpu()
+        return (raw - MEAN) / STD
 
 
 def load_image_reward(

@@ -14,6 +14,9 @@ better. PickScore (arXiv 2305.01569) is the one that HG-DPO selects its pairs by
 The names are those of the table SCORERS below, where a new scorer is one line.
 `NAME:SOURCE` takes the weights from elsewhere: a file, a folder or a Hub id (clip:openai/clip-vit-base-patch32).
 Scores of one prompt's pictures compare; those of different prompts do so less, those of different scorers not at all.
+
+`load_reward` gives the same with a gradient: reward(pixels (B, 3, H, W) in [0, 1], prompts) -> (B,). All of these have
+it, but for one's own, which has where it is a class with a method `reward` of this form.
 """
 
 import importlib.util
@@ -31,7 +34,8 @@ from types import ModuleType
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .builtin import BUILT_IN
 from .checkpoint import load_weights, read_part
@@ -43,11 +47,12 @@ from .hub import HUB_ID, fetch_for, find_file, weight_files
 from .image_reward import WEIGHTS as IMAGE_REWARD
 from .image_reward import load_image_reward
 from .open_clip import from_open_clip, read_weights
-from .preprocess import clip_preprocess, letterbox, to_batch
+from .preprocess import NetworkScorer, clip_pixels, clip_preprocess, letterbox, letterbox_pixels
 from .reward_head import RewardHead
 from .tokenizer import Tokenizer
 
 Scorer = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]
+Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 OPENAI_CLIP = "openai/clip-vit-large-patch14"
@@ -68,76 +73,75 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_conf
 
 # The CLIP family
 
-@torch.no_grad()
-def cosines(
-    clip: CLIP, tokenizer: Tokenizer, preprocess: Callable[[Image.Image], Tensor], images: Sequence[Image.Image],
-    prompts: Sequence[str],
-) -> Tensor:
-    """B pictures of any size and their B prompts -> the cosines of their embeddings (B,)."""
-    pixels = to_batch(preprocess, images, prompts, clip.logit_scale)
-    texts = list(dict.fromkeys(prompts))                       # the pictures of one prompt share its embedding
-    text = clip.embed_text(tokenizer.encode(texts).to(pixels.device))                            # (texts, D)
-    text = text[torch.tensor([texts.index(prompt) for prompt in prompts], device=pixels.device)]
-    return (text * clip.embed_images(pixels)).sum(dim=-1)
+class CLIPScorer(NetworkScorer):
+    def __init__(self, clip: CLIP, tokenizer: Tokenizer, preprocessor: dict):
+        self.clip, self.tokenizer, self.preprocessor = clip, tokenizer, preprocessor
+
+    def like(self) -> Tensor:
+        return self.clip.logit_scale
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        return clip_preprocess(image, self.preprocessor)
+
+    def prepare_pixels(self, pixels: Tensor) -> Tensor:
+        return clip_pixels(pixels, self.preprocessor)
+
+    def cosines(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """B prepared pictures and their B prompts -> the cosines of their embeddings (B,)."""
+        texts = list(dict.fromkeys(prompts))                   # the pictures of one prompt share its embedding
+        text = self.clip.embed_text(self.tokenizer.encode(texts).to(pixels.device))              # (texts, D)
+        text = text[torch.tensor([texts.index(prompt) for prompt in prompts], device=pixels.device)]
+        return (text * self.clip.embed_images(pixels)).sum(dim=-1)
 
 
-class PickScore:
+class PickScore(CLIPScorer):
     """score = exp(logit_scale) * cosine(text, image): about 17 to 25 for the real PickScore. Differences between
     pictures of one prompt mean something; between prompts they do not."""
 
     formula = "exp(logit_scale) * cosine"
 
-    def __init__(self, clip: CLIP, tokenizer: Tokenizer, preprocessor: dict):
-        self.clip, self.tokenizer, self.preprocessor = clip, tokenizer, preprocessor
-
-    @torch.no_grad()
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """B pictures of any size and their B prompts -> (B,) float32, on the CPU."""
-        cosine = cosines(
-            self.clip, self.tokenizer, lambda image: clip_preprocess(image, self.preprocessor), images, prompts)
-        return (self.clip.logit_scale.exp() * cosine).float().cpu()
+    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.clip.logit_scale.exp() * self.cosines(pixels, prompts)
 
 
-class CLIPScore:
+class CLIPScore(CLIPScorer):
     """score = 100 * cosine(text, image), not cut off at 0."""
 
     def __init__(self, clip: CLIP, tokenizer: Tokenizer, preprocessor: dict, source: str):
-        self.clip, self.tokenizer, self.preprocessor = clip, tokenizer, preprocessor
+        super().__init__(clip, tokenizer, preprocessor)
         self.formula = f"100 * cosine, {source}"
 
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        cosine = cosines(
-            self.clip, self.tokenizer, lambda image: clip_preprocess(image, self.preprocessor), images, prompts)
-        return (100 * cosine).float().cpu()
+    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return 100 * self.cosines(pixels, prompts)
 
 
-class HPS2:
+class HPS2(CLIPScorer):
     """score = cosine(text, image), without the logit scale that PickScore has. Versions 2 and 2.1 do not compare."""
 
     def __init__(self, clip: CLIP, tokenizer: Tokenizer, image_size: int = 224, antialias: bool = False):
         self.clip, self.tokenizer, self.image_size, self.antialias = clip, tokenizer, image_size, antialias
         self.formula = f"cosine, resized with{'' if antialias else 'out'} antialias"
 
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        def preprocess(image: Image.Image) -> Tensor:
-            return letterbox(image, self.image_size, self.antialias)
-        return cosines(self.clip, self.tokenizer, preprocess, images, prompts).float().cpu()
+    def prepare(self, image: Image.Image) -> Tensor:
+        return letterbox(image, self.image_size, self.antialias)
+
+    def prepare_pixels(self, pixels: Tensor) -> Tensor:
+        return letterbox_pixels(pixels, self.image_size, self.antialias)
+
+    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.cosines(pixels, prompts)
 
 
-class Aesthetic:
-    """score = LAION's head on the picture's unit vector: about 4 to 7."""
+class Aesthetic(CLIPScorer):
+    """score = LAION's head on the picture's unit vector: about 4 to 7. The prompts are ignored."""
 
     formula = "LAION's head on CLIP's image embedding"
 
     def __init__(self, clip: CLIP, preprocessor: dict, head: RewardHead):
         self.clip, self.preprocessor, self.head = clip, preprocessor, head
 
-    @torch.no_grad()
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """The prompts are ignored."""
-        pixels = to_batch(
-            lambda image: clip_preprocess(image, self.preprocessor), images, prompts, self.clip.logit_scale)
-        return self.head(self.clip.embed_images(pixels)).float().cpu()
+    def score(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.head(self.clip.embed_images(pixels))
 
 
 # Loading
@@ -237,6 +241,8 @@ def load_own(file: str, name: str, device: str | torch.device) -> Scorer:
             shown = " ".join(repr(found if scores is None else scores.tolist()).split())
             raise UserError(f"{file}:{name}: {len(images)} finite scores expected, got {shown:.60}")
         return scores
+    if hasattr(scorer, "reward"):
+        score.reward = scorer.reward
     return score
 
 
@@ -335,8 +341,7 @@ def load_scorer(
     """
     terms = parse_sum(str(name))
     if len(terms) > 1 or terms[0][0] != 1:
-        scorers = [(weight, load_scorer(part, device, dtype)) for weight, part in terms]
-        return lambda images, prompts: sum(weight * scorer(images, prompts) for weight, scorer in scorers)
+        return weighted_sum([(weight, load_scorer(part, device, dtype)) for weight, part in terms])
     name = terms[0][1]
     if own := re.fullmatch(r"(.+\.py):(\w+)", name):
         return load_own(own[1], own[2], device)
@@ -347,3 +352,29 @@ def load_scorer(
             f"{name}: no such file or folder, and no Hub id (owner/name), nor FILE.py:NAME, nor one of "
             f"{', '.join(SCORERS)}")
     return load_pickscore(name, device, dtype)
+
+
+def weighted_sum(parts: list[tuple[float, Callable]]) -> Callable:
+    """Of scorers, or of rewards."""
+    return lambda pictures, prompts: sum(weight * part(pictures, prompts) for weight, part in parts)
+
+
+def load_reward(
+    name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Reward:
+    """A scorer with a gradient: pixels (B, 3, H, W) in [0, 1], as a VAE draws them, and B prompts -> (B,) float32. See
+    `NetworkScorer.reward` for how near it is to the score. No parameter takes a gradient, and of every layer of the
+    towers only the input is kept: the layer is computed again in the backward pass. UserError where there is none."""
+    terms = parse_sum(str(name))
+    if len(terms) > 1 or terms[0][0] != 1:
+        return weighted_sum([(weight, load_reward(part, device, dtype)) for weight, part in terms])
+    scorer = load_scorer(name, device, dtype)
+    if not hasattr(scorer, "reward"):
+        raise UserError(
+            f"{name}: no gradient, for it has no method reward(pixels, prompts); PickScore, HPS, ImageReward, "
+            "Aesthetic, CLIP score, a CLIP of one's own and weighted sums of these have gradients")
+    for network in vars(scorer).values():
+        for module in network.modules() if isinstance(network, nn.Module) else ():
+            for layer in module if isinstance(module, nn.ModuleList) else ():
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    return scorer.reward

@@ -105,9 +105,8 @@ def sample_latents(
     return sample(eps_fn, x)
 
 
-@torch.no_grad()
 def decode(pipeline: Pipeline, latents: Tensor) -> Tensor:
-    """Scaled latents (B, 4, h, w) -> pictures (B, 3, H, W), about [-1, 1]."""
+    """Scaled latents (B, 4, h, w) -> pictures (B, 3, H, W), about [-1, 1], with a gradient to latents that take one."""
     return pipeline.vae.decode(pipeline.vae.from_latent(latents.float()))
 
 
@@ -117,6 +116,7 @@ def to_images(decoded: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
+@torch.no_grad()
 def to_picture(pipeline: Pipeline, latent: Tensor, prompt: str, seed: int) -> Image.Image:
     """One scaled latent (4, h, w) -> its picture. Decoded alone, so that it does not depend on its batch. UserError,
     with the prompt and the seed, where there is none: a NaN would be a black picture, and judged as one."""

@@ -29,3 +29,12 @@ def any_process(flag: bool, group: dist.ProcessGroup | None) -> bool:
     votes = torch.tensor(float(flag))
     dist.all_reduce(votes, group=group)
     return votes.item() > 0
+
+
+def gathered(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """(N, ...) on the CPU -> (N, processes, ...), by gloo."""
+    if group is None:
+        return values[:, None]
+    everyones = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyones, values, group=group)
+    return torch.stack(everyones, dim=1)

@@ -20,7 +20,7 @@ from pictures import curves, write_png
 
 from .parallel import mean_of_processes
 
-CURVES = ("loss", "dpo", "stat", "implicit_accuracy", "grad_norm")
+CURVES = ("reward", "judge", "loss", "dpo", "stat", "kl", "implicit_accuracy", "grad_norm")
 
 
 def resume(
@@ -46,7 +46,7 @@ def resume(
             parameter.data.copy_(saved)
         for mean, saved in zip(average, state.get("average", [])):
             mean.copy_(saved)
-    for log_file in (out / "log.jsonl", out / "watch.jsonl"):
+    for log_file in (out / "log.jsonl", out / "watch.jsonl", out / "rewards.jsonl"):
         if rank == 0 and log_file.is_file():   # a killed run has logged steps past its checkpoint; they come again
             lines = [line for line in read_lines(log_file, cut=True, step=int) if line["step"] <= step]
             for line in lines:
@@ -111,11 +111,11 @@ def save_checkpoint(
         "optimizer": optimizer.state_dict(), **({"average": [mean.cpu() for mean in average]} if average else {})})
 
 
-def model_card(model: str, method: str, dataset: str, pairs: int, step: int, lora: bool, settings: dict) -> str:
+def model_card(model: str, method: str, learned: str, lora: bool, settings: dict) -> str:
     """The head of a README.md fit for the Hub."""
     use = ('```python\npipe.load_lora_weights(FOLDER, weight_name="lora.safetensors")\n'
            "pipe.fuse_lora(lora_scale=0.5)\n```\n\n") if lora else ""
     return (
         f"---\nbase_model: {model}\nlibrary_name: diffusers\ntags: [stable-diffusion, dpo, lora]\n---\n\n"
-        f"# {method} on {model}\n\n{step} steps on {pairs} pairs of `{dataset}`.\n\n{use}"
+        f"# {method} on {model}\n\n{learned}.\n\n{use}"
         "| setting | value |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in settings.items()))
