@@ -55,6 +55,7 @@ def parse_args():
     cli.add_prompt_options(parser, "see generate.py (default with paper-people: its own)")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--pool-size", type=cli.whole(2), default=20, help="pictures a prompt")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="draw with it; repeatable")
     parser.add_argument("--scorer", help="see model/scorers.py (default: the model's own scorer/ if it has one, else "
                         "pickscore)")
     parser.add_argument("--winner-rank", type=cli.whole(1), default=1, help="in falling score")
@@ -88,6 +89,8 @@ def parse_args():
     args.source = given[0] if given else "--prompts"
     if args.human_only and not args.from_pairs:
         raise UserError("--human-only goes with --from-pairs")
+    if args.lora and args.source != "--prompts":
+        raise UserError(f"--lora goes with drawing; {args.source} draws nothing")
     if args.preview_steps is not None:
         if not args.preview_steps < args.steps:
             raise UserError(f"--preview-steps {args.preview_steps}: must be fewer steps than --steps {args.steps}")
@@ -190,6 +193,11 @@ def open_source(args) -> tuple[Source, dict, str]:
         "model": args.model, "context_width": pipeline.context_width, "scaling_factor": pipeline.vae.scaling_factor,
         "latent": [4, drawing.height // pipeline.vae.downscale, drawing.width // pipeline.vae.downscale]}
     inputs = {"model": digest_all(files)}
+    if args.lora:
+        with files_read() as files:
+            pipeline.add_loras(args.lora)
+        pipeline.merge_loras()
+        inputs["lora"] = digest_all(files)
     if args.from_pairs or args.from_images:
         listed = (read_pairs(Path(args.from_pairs), args.human_only) if args.from_pairs
                   else read_images(Path(args.from_images)))
@@ -218,7 +226,7 @@ def main() -> None:
             return export_pickapic(out, Path(args.export_pickapic))
     part, parts = cli.parse_shard(args.shard)
     source, options, where = open_source(args)
-    options = {name: value for name, value in options.items() if name not in NOT_NOTED}
+    options = {name: value for name, value in options.items() if name not in NOT_NOTED and value != []}
     rows, dtype = min(len(source.names), args.limit or len(source.names)), options["dtype"]
     with locked(out, part, parts, f"{parts} jobs for {rows} rows"):
         with in_turn(out):
