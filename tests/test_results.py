@@ -123,7 +123,7 @@ def rows_of(scale: Scale) -> dict[str, Row]:
     ({"judge": "x" * 16}, "do not fit together"), ({"rgb": []}, "do not fit together"), ({"seed": 1}, "not fit"),
     ({"machine": 3}, "machine is 3"), ({"machine": {}}, "not fit"), ({"colour_shift": {}}, "not fit"),
     ({"seconds": {"pool": "x"}}, "not fit"), ({"megabytes": "x"}, "not fit"), ({"commands": [1]}, "not fit"),
-    ({"diversity": [None] * 8}, "not fit"), (None, "not JSON")])
+    ({"diversity": [None] * 8}, "not fit"), ({"course": [[1, 2]]}, "not fit"), (None, "not JSON")])
 def test_a_damaged_row_is_refused_in_one_line(tmp_path, program, capsys, damage, said):
     path = write_run(tmp_path / "rows", rows_of(QUICK)["n2"], 0, QUICK)
     text = path.read_text()
@@ -193,6 +193,32 @@ def test_the_page_says_what_held_what_did_not_and_what_is_missing(tmp_path, prog
     charts = {path.stem: ET.parse(path).getroot() for path in (tmp_path / "docs" / "results").iterdir()}
     circles = [element for element in charts["table3"].iter() if element.tag.endswith("circle")]
     assert len(circles) == 2 * len(wins)
+
+
+def test_a_run_that_draws_its_own_pictures_has_a_course(tmp_path):
+    lines = [{"unet_rows": 80.0, "reward": float(i), "judge": i / 100} for i in range(45)]
+    points = work.course(lines)                                # 22 of two steps, and what is left
+    assert points[0] == [160, 0.5, 0.005] and points[-1] == [45 * 80, 44.0, 0.44] and len(points) == 23
+    rows = rows_of(FULL)
+    for name, more in (("ddpo", {"course": points}), ("draft", {"course": points[:3]}), ("size160", {})):
+        write_run(tmp_path / "rows", rows[name], 0, FULL, **more)
+    results.write_page(tmp_path / "rows", FULL, tmp_path, tmp_path / "out", ["online"])
+    chart = ET.parse(tmp_path / "docs" / "results" / "online-course.svg").getroot()
+    paths = [element.get("d") for element in chart.iter() if element.tag.endswith("path") and element.get("fill")]
+    assert [path.count("L") for path in paths] == [22, 2] * 2
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert page.count("-course.svg") == 1 and "python train_online.py --method ddpo --limit 640" in page
+    assert "train_online.py, " in page[page.index("## Leaderboard"):]
+
+
+def test_online_methods_have_one_budget():
+    """The rows that the table counts with are those that the program counts (tests/test_train_online.py)."""
+    for row in rows_of(FULL).values():
+        if isinstance(row.training, parts.Online) and row.training.share == 1:
+            pictures, each, _ = parts.ONLINE[row.training.method]
+            steps = int(parts.training_part(row.training, 0, FULL).command.split("--steps ")[1].split()[0])
+            assert 0.95 * parts.ONLINE_ROWS < steps * pictures * each <= parts.ONLINE_ROWS
+    assert parts.ONLINE_ROWS == parts.unet_rows(rows_of(FULL)["size160"], FULL)
 
 
 def test_rows_of_the_full_scale():

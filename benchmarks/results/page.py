@@ -13,7 +13,7 @@ from losses import LOSSES
 from model.errors import UserError
 from model.files import write_text
 
-from .chart import chart
+from .chart import chart, course_chart
 from .experiments import (
     LEADERBOARD,
     README,
@@ -30,6 +30,7 @@ from .parts import CHOSEN, FULL, NUM_IMAGES, Scale, parts_of, settings_digest, s
 from .statistics import FIGURES, RESAMPLES, effect, interval, table, verdict
 from .work import measure_file, read_measure, read_row
 
+ROOT = Path(__file__).parents[2]
 MARKS = ("<!-- by benchmarks.results -->", "<!-- to here -->")           # of README.md's table
 BUDGET = 300_000                               # of the leaderboard, U-Net rows with one seed
 
@@ -211,11 +212,18 @@ def rows_table(experiment: Experiment, found: dict[str, Found]) -> str:
     return markdown(head, lines + base)
 
 
-def search_says(found: dict[str, Found]) -> str:
-    best = chosen({name: one.figures["scorer"][0] for name, one in found.items()})
-    return "".join(f"The best rate for {loss} is {rate}" + (
-        ", which is the one in use.\n\n" if CHOSEN[loss] == rate else f"; **{CHOSEN[loss]} is in use.**\n\n")
-        for loss, rate in best.items())
+def courses(experiment: Experiment, found: dict[str, Found]) -> dict[str, list[list[float]]]:
+    """Of the rows that draw their own pictures, with the first seed that is there."""
+    runs = {line.label: found[line.row.name].runs for line in experiment.lines if line.row.name in found}
+    return {label: some[min(some)]["course"] for label, some in runs.items() if "course" in some[min(some)]}
+
+
+def search_says(experiment: Experiment, found: dict[str, Found]) -> str:
+    wins = {line.row.name: found[line.row.name].figures["scorer"][0]
+            for line in experiment.lines if line.row.name in found}
+    return "".join(f"The best rate for {name} is {rate}" + (
+        ", which is the one in use.\n\n" if CHOSEN[name] == rate else f"; **{CHOSEN[name]} is in use.**\n\n")
+        for name, rate in chosen(wins).items())
 
 
 def leaderboard(found: dict[str, Found]) -> str:
@@ -225,10 +233,10 @@ def leaderboard(found: dict[str, Found]) -> str:
         one = found[name]
         run = one.runs[min(one.runs)]
         if run["unet_rows"] <= BUDGET:
-            loss, code = re.search(r"--loss (\S+)", " ".join(run["commands"])), "none"
-            if loss:
-                file = Path(inspect.getsourcefile(LOSSES[loss[1]].function))
-                code = f"losses/{file.name}, {len(file.read_text().splitlines())}"
+            loss, online = (re.search(rf"--{option} (\S+)", " ".join(run["commands"])) for option in ("loss", "method"))
+            file = Path(inspect.getsourcefile(LOSSES[loss[1]].function)) if loss else ROOT / "train_online.py"
+            lines_of = f"{file.relative_to(ROOT)}, {len(file.read_text().splitlines())}"
+            code = lines_of if loss or online else "none"
             lines.append([
                 f"[{name}](#{name})", shown(one.figures["right"], figure.digits), f"{run['unet_rows']:,}",
                 f"{one.seconds:.0f}", one.megabytes, code, run["commit"][:10], ", ".join(map(str, sorted(one.runs)))])
@@ -283,10 +291,12 @@ def page(found: dict[str, Found], measured: dict[str, dict], scale: Scale) -> st
         text += f"## {one.name}\n\n{one.title}. {one.note}".rstrip() + "\n\n"
         if isinstance(one, Experiment):
             text += rows_table(one, found)
-            if one.name == "search":
-                text += search_says(found)
+            if one.name in ("search", "search-online"):
+                text += search_says(one, found)
             if any(line.row.name in found for line in one.lines):
                 text += f"![{one.title}](docs/results/{one.name}.svg)\n\n"
+            if courses(one, found):
+                text += f"Over training, with the first seed:\n\n![courses](docs/results/{one.name}-course.svg)\n\n"
         else:
             table_of = measured.get(one.name)
             text += markdown(table_of["head"], table_of["lines"]) if table_of else "Missing.\n\n"
@@ -329,6 +339,8 @@ def write_page(rows: Path, scale: Scale, top: Path, out: Path, only: list[str]) 
         lines = [(line.label, found[line.row.name].figures) for line in experiment.lines if line.row.name in found]
         if lines:
             write_text(top / "docs" / "results" / f"{experiment.name}.svg", chart(experiment, lines))
+        if some := courses(experiment, found):
+            write_text(top / "docs" / "results" / f"{experiment.name}-course.svg", course_chart(experiment.title, some))
     write_text(top / "RESULTS.md", page(found, measured, scale).rstrip() + "\n")
     readme = top / "README.md"
     if readme.is_file() and found:

@@ -15,6 +15,21 @@ CHOSEN = {
     "dpo": "5e-4", "sft": "1.6e-5", "kto": "5e-4", "mapo": "5e-4", "orpo": "5e-4", "pro": "5e-4", "rwr": "5e-4"}
 # Losses whose gradient is another's up to a factor before the first step, which Adam does not see, take its rate.
 LIKE = dict.fromkeys(("hg-dpo", "ipo", "hinge", "cdpo", "rdpo", "sdpo"), "dpo") | {"dspo": "sft"}
+# Of methods that draw their own pictures: pictures a step, U-Net rows of a picture of 10 denoising steps
+# (docs/methods.md), and options. Each is given the rows that DPO takes with a pool of 20 for 160 prompts.
+ONLINE_ROWS = 160 * 20 * 10 * 2 + 60 * 32 * 2 * 4
+ONLINE = {
+    "ddpo": (32, 80, "--batch-size 8 --grad-accum 4 --updates 1"),
+    "grpo": (32, 80, "--batch-size 4 --pictures 8 --grad-accum 1"),
+    "dpok": (32, 100, "--batch-size 8 --grad-accum 4 --epochs 1 --guidance 5"),
+    "d3po": (32, 100, "--batch-size 8 --grad-accum 2"),
+    "dense": (32, 100, "--batch-size 8 --grad-accum 2 --guidance 5"),
+    "spo": (8, 140, "--batch-size 8 --grad-accum 1"),
+    "refl": (32, 11, "--batch-size 16 --grad-accum 2 --reward-limit 40"),
+    "draft": (16, 24, "--batch-size 16 --grad-accum 1 --guidance 5"),
+    "alignprop": (16, 28, "--batch-size 16 --grad-accum 1")}
+ONLINE_RATES = ("1.6e-4", "5e-4", "1.6e-3", "5e-3")        # found on a fourth of the rows
+CHOSEN |= dict.fromkeys(ONLINE, "1.6e-3")
 TRAINING = "--dtype bfloat16"
 STEPS, NUM_IMAGES = 10, 2                      # of the sampler, and pictures a prompt
 DRAWING = f"--steps {STEPS} --dtype bfloat16"
@@ -75,9 +90,20 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Online:
+    """A training that draws its own pictures."""
+
+    name: str
+    method: str
+    lr: str
+    share: float = 1.0                         # of the rows
+    data: tuple[Data, ...] = ()
+
+
+@dataclass(frozen=True)
 class Row:
     name: str
-    training: Training | None                  # none: the model as it is
+    training: Training | Online | None         # none: the model as it is
     weight: float = 1.0                        # of the LoRA
     lan: bool = False
     guidance: float | None = None              # to draw with, where it is not the others'
@@ -142,7 +168,13 @@ def shared_parts(scale: Scale) -> list[Part]:
     return [pool_part(scale), base_part(scale), base_part(scale, validation=True)]
 
 
-def training_part(training: Training, seed: int, scale: Scale) -> Part:
+def training_part(training: Training | Online, seed: int, scale: Scale) -> Part:
+    if isinstance(training, Online):
+        pictures, rows, options = ONLINE[training.method]
+        steps = max(1, int(training.share * ONLINE_ROWS) // (pictures * rows)) if scale == FULL else 1
+        return part(f"runs/{training.name}-{seed}", f"train_online.py --method {training.method} --limit "
+                    f"{scale.sizes[-1]} {options} --sampler-steps {STEPS} --lr {training.lr} {TRAINING} "
+                    f"--judge {SCORERS['right']} --steps {steps} --seed {seed}")
     options = "".join(f" --{name.replace('_', '-')} {value}" for name in ("beta", "lambda_stat")
                       if (value := getattr(training, name)) is not None)
     loss = "hg-dpo" if training.lambda_stat else training.loss
@@ -179,7 +211,7 @@ def settings_digest(parts: list[Part]) -> str:
 
 def unet_rows(row: Row, scale: Scale) -> int:
     """What goes through the U-Net for its pools (two a step: guidance) and its training, where a backward pass counts
-    twice and the reference once."""
+    twice and the reference once. A run that draws its own pictures counts for itself, in its log."""
     if not row.training:
         return 0
     loss = LOSSES["hg-dpo" if row.training.lambda_stat else row.training.loss]

@@ -35,6 +35,7 @@ from .parts import (
     NUM_IMAGES,
     SCORERS,
     VERSION,
+    Online,
     Part,
     Row,
     Scale,
@@ -168,6 +169,8 @@ def read_row(path: Path) -> dict:
     whole = whole and numbers([*row["diversity"], row["unet_rows"], 0.0 if megabytes is None else megabytes])
     whole = whole and all(key in shift and (shift[key] is None or numbers([shift[key]]))
                           for key in (*HSV, "hue_degrees"))
+    for point in row.get("course", []):
+        whole = whole and is_a(point, list) and len(point) == 3 and numbers(point)
     told = [side + name for name in ("right", *MORE_SCORERS) for side in ("", "base_") if side + name in row]
     for name, letters in (("scorer", "wtl"), ("judge", "wtl"), *((name, "01") for name in told)):
         whole = whole and isinstance(row[name], str) and len(row[name]) == prompts * NUM_IMAGES
@@ -252,18 +255,31 @@ class Job:
         write_text(self.file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def course(lines: list[dict]) -> list[list[float]]:
+    """Of a run that draws its own pictures: rows so far, reward, judge, each the mean of a twentieth of the steps."""
+    size, found, rows = max(1, len(lines) // 20), [], 0.0
+    for i in range(0, len(lines), size):
+        some = lines[i:i + size]
+        rows += math.fsum(line["unet_rows"] for line in some)
+        found.append([round(rows), *[round(math.fsum(line[key] for line in some) / len(some), 4)
+                                     for key in ("reward", "judge")]])
+    return found
+
+
 def row_job(row: Row, seed: int, scale: Scale, rows: Path) -> Job:
     parts = parts_of(row, seed, scale)
     runs = [part.name for part in parts if part.name.startswith("runs/")]
 
     def content(out: Path) -> dict:
-        last = read_lines(out / runs[0] / "log.jsonl", step=int)[-LAST_STEPS:] if runs else [{}]
+        lines = read_lines(out / runs[0] / "log.jsonl", step=int) if runs else [{}]
+        last = lines[-LAST_STEPS:]
         note = read_json(out / runs[0] / ".part.json") if runs else {}
         log = {key: float(f"{math.fsum(line[key] for line in last) / len(last):.6g}")
                for key in LOGGED if key in last[-1]}
-        return {"row": row.name, "seed": seed, "unet_rows": unet_rows(row, scale), "log": log,
-                "megabytes": note.get("megabytes"),
-                **read_outcomes(out / parts[-1].name, row)}
+        online = isinstance(row.training, Online)
+        rows = round(math.fsum(line["unet_rows"] for line in lines)) if online else unet_rows(row, scale)
+        return {"row": row.name, "seed": seed, "unet_rows": rows, "log": log, "megabytes": note.get("megabytes"),
+                **({"course": course(lines)} if online else {}), **read_outcomes(out / parts[-1].name, row)}
 
     return Job(row_file(rows, row.name, seed), parts, read_row, content)
 
