@@ -19,8 +19,6 @@ What picture s of the run sees (prompt, noise) depends on --seed and s alone. So
 bit where its checkpoint is, and N processes do what one with N times the batch does.
 """
 
-from __future__ import annotations
-
 import cli
 
 # isort: split
@@ -59,14 +57,15 @@ from training.memory import make_optimizer, save_memory
 from training.order import row_at
 from training.parallel import any_process, average_gradients, gathered
 from training.rate import SCHEDULES, learning_rate
-from training.rewards import judge_falls, read_rewards, refuse_standstill
+from training.rewards import Told, judge_falls, read_rewards, refuse_standstill
 from training.run import append_lines, append_log, check_start, log_lines, model_card, resume, save_checkpoint
 from training.watch import draw_samples
 
-LN2 = {"loss": math.log(2)}
+LN2 = math.log(2)
 CLIP = {"clip": Option("of the ratio of a step's probabilities, which are means over its elements", above=0, below=1)}
 BETA = {"beta": Option("strength of a preference", above=0)}
-GROUP = {"guidance": 5.0, "sampler_steps": 50, "pictures": 1, "updates": 1, "epochs": 1, "kl_weight": 0.0}
+GROUP = {"guidance": 5.0, "sampler_steps": 50, "pictures": 1, "updates": 1, "epochs": 1, "kl_weight": 0.0,
+         "kl": "eps_mse"}
 GRADIENT = {"sampler_steps": 50, "pictures": 1, "kl_weight": 0.0, "reward_limit": None}
 
 
@@ -98,15 +97,15 @@ METHODS = {
                         at_start={"ratio_off": 0.0}),
                    partial(running_advantages, scaled=False, limit=math.inf)),
     "d3po": Method(GROUP | {"lr": 3e-5, "sampler_steps": 20, "batch_size": 4, "grad_accum": 5, "pictures": 2},
-                   Loss(d3po_loss, CLIP | BETA, at_start=LN2), pairs=True),
+                   Loss(d3po_loss, CLIP | BETA, at_start={"d3po": LN2}), pairs=True),
     "dense": Method(GROUP | {"lr": 3e-5, "guidance": 7.5, "batch_size": 4, "grad_accum": 1, "pictures": 2},
                     Loss(dense_loss, CLIP | BETA | {"discount": Option(
-                        "each denoising step counts this times the noisier one before it", above=0)}, at_start=LN2),
-                    pairs=True, whole=True),
+                        "each denoising step counts this times the noisier one before it", above=0)},
+                         at_start={"dense": LN2}), pairs=True, whole=True),
     "spo": Method(GROUP | {"lr": 6e-5, "sampler_steps": 20, "batch_size": 4, "grad_accum": 10, "candidates": 4},
                   Loss(spo_loss, CLIP | BETA | {"margin": Option(
                       "of the probability that the best candidate is preferred over that of the worst; less is no pair",
-                      least=0, below=1)}), candidates=True),
+                      least=0, below=1)}, at_start={"implicit_accuracy": 0.5}), candidates=True),
     "refl": Method(GRADIENT | {"lr": 1e-5, "guidance": 1.0, "sampler_steps": 40, "batch_size": 2, "grad_accum": 32,
                                "reward_limit": 2.0}),
     "draft": Method(GRADIENT | {"lr": 4e-4, "guidance": 7.5, "batch_size": 4, "grad_accum": 1, "gradient_steps": 1,
@@ -115,9 +114,10 @@ METHODS = {
                                     "gradient_steps": "random"})}
 OPTIONS = {name: option for method in METHODS.values() if method.loss for name, option in method.loss.options.items()}
 OF_METHODS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.all_defaults()))
-# What a run is, whatever it runs on; of the first five the contents count.
-MAY_CHANGE = ("model", "prompts", "scorer", "judge", "init_lora", "category", "limit")
-NOTED = (*MAY_CHANGE, "method", "rank", "alpha", "warmup", "seed", "height", "width", "kl", "optimizer",
+# What a run is, whatever it runs on. Of the first three the contents count; of scorers the name does as well, for one
+# file has several, and sums have weights.
+MAY_CHANGE = ("model", "prompts", "init_lora", "category", "limit")
+NOTED = (*MAY_CHANGE, "scorer", "judge", "method", "rank", "alpha", "warmup", "seed", "height", "width", "optimizer",
          "max_grad_norm", "dtype", "prediction_type", "lr_schedule", "ema")
 PREVIEWED = 750        # SPO: from this t on a latent tells what it will be
 
@@ -139,7 +139,7 @@ def parse_args():
     parser.add_argument("--updates", type=cli.whole(1), help="of the weights in a step, each by its share of batches")
     parser.add_argument("--epochs", type=cli.whole(1), help="how often a step learns from its pictures")
     parser.add_argument("--kl-weight", type=cli.real(0), help="of the distance to the reference, added to the loss")
-    parser.add_argument("--kl", default="eps_mse", choices=("eps_mse", "gaussian"), help="see losses/policy.py")
+    parser.add_argument("--kl", choices=("eps_mse", "gaussian"), help="of --kl-weight, see losses/policy.py")
     for name, option in OPTIONS.items():
         kind = cli.real(option.least, option.above, below=option.below)
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=option.help)
@@ -173,7 +173,7 @@ def parse_args():
         raise UserError("--pictures 1: grpo compares the pictures of a prompt; give 2 or more")
     if method.loss and args.grad_accum % args.updates:
         raise UserError(f"--updates {args.updates}: must divide --grad-accum {args.grad_accum}, the batches of a step")
-    if isinstance(args.__dict__.get("gradient_steps"), int) and args.gradient_steps > args.sampler_steps:
+    if isinstance(args.gradient_steps, int) and args.gradient_steps > args.sampler_steps:
         raise UserError(f"--gradient-steps {args.gradient_steps}: a picture has --sampler-steps {args.sampler_steps}")
     if args.patience and not args.judge:
         raise UserError("--patience: give --judge, too; it is the judge's opinion that is waited for")
@@ -199,7 +199,7 @@ class Step:
     log_probs: Tensor | None = None    # (K, R), of the policy that drew
     scores: Tensor | None = None       # (K, R), of the pictures that candidates imply
 
-    def of(self, rows: Tensor) -> Step:
+    def of(self, rows: Tensor) -> "Step":
         """Of these pictures, (N,), alone."""
         return Step(self.x_t[rows], self.x_prev[:, rows], self.t[rows], self.t_prev[rows], self.log_probs[:, rows])
 
@@ -285,17 +285,17 @@ class Batch:
     contexts: Tensor                   # (2, R, M, D)
     steps: list[Step]
     rewards: Tensor                    # (R,)
+    decided: float = 1.0               # of pairs the share that were no ties
 
-    def of(self, rows: Tensor) -> Batch:
-        return Batch(self.contexts[:, rows], [step.of(rows) for step in self.steps], self.rewards[rows.cpu()])
-
-    def better_first(self) -> tuple[Batch, float]:
-        """Of pairs: all better ones, then all others, without ties; and 1, or where all are ties these, and 0."""
+    def better_first(self) -> "Batch":
+        """Of pairs: all better ones, then all others, without ties; where all are ties, these."""
         first, second = self.rewards.chunk(2)
         decided = first != second
         rows = torch.arange(len(self.rewards)).view(2, -1)
-        rows = rows.where(first >= second, rows.flip(0))[:, decided if decided.any() else ~decided]
-        return self.of(rows.flatten().to(self.contexts.device)), float(decided.any())
+        rows = rows.where(first >= second, rows.flip(0))[:, decided if decided.any() else ~decided].flatten()
+        on_device = rows.to(self.contexts.device)
+        return Batch(self.contexts[:, on_device], [step.of(on_device) for step in self.steps], self.rewards[rows],
+                     decided.float().mean().item())
 
 
 def learn(
@@ -318,13 +318,13 @@ def learn(
         if method.candidates:
             given["scores"] = steps[0].scores
         loss, more = method.loss(options, **given)
+        loss = more.get("kept", batch.decided) * loss          # what its mean leaves out counts, without a gradient
         if kl_weight:
             gains = [eps_gain(step.t, step.t_prev, policy.alphas_cumprod) for step in steps]
             far = torch.stack([kl_to_reference(*ends, kl, gain) for *ends, gain in zip(eps, eps_ref, gains)]).mean()
             loss, more = loss + kl_weight * far, more | {"kl": far.detach()}
         (share / len(parts) * loss).backward()
-        for key, value in {"loss": loss.detach(), **more}.items():
-            logs[key] = logs.get(key, 0) + value / len(parts)
+        logs = add(logs, {"loss": loss.detach(), **more}, 1 / len(parts))
     return logs
 
 
@@ -384,6 +384,8 @@ def reward_gradient(
         pixels = checkpoint(partial(decode, policy.pipeline), latents, use_reentrant=False, preserve_rng_state=False)
         pixels = (pixels / 2 + 0.5).clamp(0, 1)                # (R, 3, H, W)
         rewards = reward(pixels, prompts)
+        if rewards.shape != (len(x),) or not rewards.requires_grad:
+            raise UserError(f"--scorer {args.scorer}: a reward is a number a picture, with a gradient to its pixels")
         short = -rewards if args.reward_limit is None else (args.reward_limit - rewards).relu()
         loss = short.mean() + args.kl_weight * far
         (share / times * loss).backward()
@@ -502,7 +504,7 @@ def main() -> None:
         if world > 1:
             dist.barrier()
         start = resume(out, run, parameters, average, optimizer, rank)
-        past, buffers = read_rewards(out / "rewards.jsonl", start)
+        past, buffers = read_rewards(out / "rewards.jsonl", start, per_step)
         print(
             f"{args.method} by {args.scorer} on {len(prompts)} prompts, {sum(p.numel() for p in parameters):,} "
             f"parameters of {args.model}, {per_step} pictures a step, steps {start + 1} to {args.steps}, on {world} x "
@@ -534,7 +536,8 @@ def main() -> None:
             # Of all processes, in the run's order: batch by batch, and in each process by process.
             rewards, opinions = gathered(torch.stack(told), gloo).unbind(dim=2)                  # (A, world, R) each
             of = [k for micro in range(args.grad_accum) for p in range(world) for k in prompts_of(step, micro, p)[0]]
-            refuse_standstill(past, rewards, args.reward_limit, f"step {step}: --scorer {args.scorer}")
+            past.append(Told.of(rewards.flatten().tolist(), opinions.flatten().tolist()))
+            refuse_standstill(past, args.reward_limit, f"step {step}: --scorer {args.scorer}")
 
             updates = []
             if method.loss:
@@ -546,13 +549,11 @@ def main() -> None:
                 for i in [*range(0, args.grad_accum, size)] * args.epochs:
                     logs = {}
                     for batch, advantage in zip(batches[i:i + size], advantages[i:i + size]):
-                        batch, worth = batch.better_first() if method.pairs else (batch, 1.0)
-                        more = learn(
-                            policy, batch, advantage, method, options, args.kl, args.kl_weight, worth / size)
+                        batch = batch.better_first() if method.pairs else batch
+                        more = learn(policy, batch, advantage, method, options, args.kl, args.kl_weight, 1 / size)
                         logs = add(logs, more, 1 / size)
                     if step == 1 and not updates and not args.init_lora:
-                        check_start({"step": 1} | {key: value.item() for key, value in logs.items()},
-                                    method.loss.at_start)
+                        check_start({"step": 1} | {k: v.item() for k, v in logs.items()}, method.loss.at_start)
                     updates.append(update(logs))
             else:
                 updates.append(update(logs))
@@ -561,7 +562,6 @@ def main() -> None:
             logs = {key: sum(one[key] for one in updates) / len(updates) for key in updates[0]}
             logs |= {"reward": rewards.mean(), **({"judge": opinions.mean()} if judge else {})}
             logs["unet_rows"] = torch.tensor(float(policy.unet_rows))          # of one process
-            past.append(((rewards == rewards[0, 0, 0]).all().item(), opinions.mean().item()))
             if rank == 0:
                 append_lines(out / "rewards.jsonl", [
                     {"step": step, "prompt": k, "reward": reward, **({"judge": opinion} if judge else {})}
@@ -573,10 +573,9 @@ def main() -> None:
             sample = args.sample_every and (step % args.sample_every == 0 or ends)
             if due or stop or sample or step == 1 or len(buffer) == 10:
                 lines = log_lines(buffer, (time.perf_counter() - then) / len(buffer), world)
-                append_log(out, lines, lambda step: [
-                    prompts[k] for k in prompts_of(step, 0, 0)[0]], write=rank == 0)
+                append_log(out, lines, lambda step: [prompts[k] for k in prompts_of(step, 0, 0)[0]], write=rank == 0)
                 if sample and rank == 0:                   # before the checkpoint: after it, a kill would lose it
-                    with averaged(parameters, average):
+                    with averaged(parameters, average), torch.compiler.set_stance("force_eager"):
                         context = drawing.encode(prompts[:8], pipeline)
                         size = (drawing.height, drawing.width)
                         means = draw_samples(
