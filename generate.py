@@ -4,10 +4,13 @@
     python generate.py --prompts paper_people/prompts_test.txt --limit 24 --lora run/lora.safetensors:0.5 --out tuned
     python generate.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts parti-people --num-images 4
     python generate.py --model majicmix.safetensors --prompts FILE.txt --height 1024 --width 704 --prompt-weights a1111
+    python generate.py --prompt "a man with red hair, waving in a room" --best-of 8
 
 Writes OUT/00000.png ... (all pictures of the first prompt, then of the second, ...), each with its settings inside in
 the form that A1111 and others read; OUT/images.jsonl; OUT/sheet.png; with --save-latents OUT/latents.safetensors.
 A picture depends on its prompt, its seed and the settings alone: not on the batch, the device, or its neighbours.
+With --best-of N, --optimise-noise, --suffixes or --excite, ways to better pictures without training, images.jsonl has
+the score that was reached and those on the way, and what was changed; docs/methods.md has the equations and the costs.
 Stopped and started again with the same command, it goes on; OUT/generate.json knows what the folder was begun with.
 """
 
@@ -18,8 +21,9 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,16 +32,30 @@ from torch import Tensor
 
 from dataset.folder import clear_unfinished, locked, open_manifest, write_manifest
 from dataset.images import open_picture
-from model.builtin import BUILT_IN, named
+from dataset.sources import score_pool
+from model.builtin import BUILT_IN, default_scorer, named
 from model.checkpoint import Pipeline, load_pipeline
 from model.errors import UserError
 from model.files import digest_all, digest_of, files_read, read_tensors, write_tensors, write_text
+from model.scorers import load_reward, load_scorer
 from pictures import parameters, sheet, write_png
-from sampling import SAMPLERS, Drawing, draw_pictures, picture_settings
+from sampling import (
+    SAMPLERS,
+    Drawing,
+    draw_best,
+    draw_excited,
+    draw_optimised,
+    draw_pictures,
+    draw_with_suffixes,
+    picture_settings,
+    split_words,
+)
 
 SHEET_PICTURES = 64
-NOT_NOTED = ("out", "device", "batch_size", "prompt", "limit")       # in generate.json: the prompts are noted as inputs
-MAY_CHANGE = ("model", "vae", "prompts", "category")                 # there: names, whose contents are inputs
+NOT_NOTED = ("out", "device", "batch_size", "prompt", "limit", "way")          # in generate.json; prompts are inputs
+MAY_CHANGE = ("model", "vae", "prompts", "category", "scorer", "suffixes")     # there: names, whose contents are inputs
+WAYS = ("best_of", "optimise_noise", "suffixes", "excite")     # to better pictures without training, each in sampling/
+LATER = (*WAYS, "noise_lr", "scorer")          # noted where they are given: folders of before they came go on
 
 
 def parse_args():
@@ -47,6 +65,17 @@ def parse_args():
     parser.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="repeatable; weight 1 unless given")
     parser.add_argument("--lan", action="store_true", help="with --lora: keep the base model's colours (Eq. 7)")
+    parser.add_argument("--best-of", type=cli.whole(2), metavar="N", help="each picture is the best of N by the scorer")
+    parser.add_argument(
+        "--optimise-noise", type=cli.whole(1), metavar="ITERATIONS", help="move the noise along the scorer's gradient")
+    parser.add_argument(
+        "--noise-lr", type=cli.real(above=0), metavar="RATE", help="with --optimise-noise: how far (default: 5)")
+    parser.add_argument(
+        "--suffixes", metavar="FILE", help="append to a prompt what of these phrases, one a line, raises its score")
+    parser.add_argument(
+        "--excite", metavar="WORD,...", help="words of the prompts that a picture must attend to (Attend-and-Excite)")
+    parser.add_argument("--scorer", help="with the first three of these: see model/scorers.py (default: the model's "
+                        "own scorer/ if it has one, else pickscore)")
     parser.add_argument("--num-images", type=cli.whole(1), default=1, help="pictures a prompt")
     parser.add_argument("--out", default="out", metavar="DIR", help="the same command goes on with it")
     parser.add_argument("--save-latents", action="store_true", help="also the final scaled latents, float32")
@@ -58,7 +87,29 @@ def parse_args():
         raise UserError("no prompt; give --prompt TEXT or --prompts FILE")
     if args.lan and (not args.lora or SAMPLERS[args.sampler].stochastic):
         raise UserError("--lan needs --lora, and a sampler that draws no noise of its own (dpm++ or ddim)")
+    check_way(args)
     return args
+
+
+def check_way(args) -> None:
+    """Which of WAYS is asked for, as `way`; refuses what does not go with it, and fills in what does."""
+    ways = [name for name in WAYS if getattr(args, name) is not None]
+    options = [f"--{name.replace('_', '-')}" for name in ways]
+    if len(ways) > 1:
+        raise UserError(f"{' and '.join(options)}: give one of them")
+    args.way = ways[0] if ways else None
+    if args.way in ("optimise_noise", "excite") and (args.lan or SAMPLERS[args.sampler].stochastic):
+        raise UserError(f"{options[0]} needs a sampler that draws no noise of its own (dpm++ or ddim), and no --lan")
+    if args.way == "excite" and args.prompt_weights != "off":
+        raise UserError("--excite goes without --prompt-weights, which makes other tokens of a prompt")
+    if args.noise_lr and args.way != "optimise_noise":
+        raise UserError("--noise-lr goes with --optimise-noise")
+    if args.scorer and args.way in (None, "excite"):
+        raise UserError("--scorer goes with --best-of, --optimise-noise or --suffixes")
+    if args.way == "optimise_noise":
+        args.noise_lr = args.noise_lr or 5.0
+    if args.way not in (None, "excite"):
+        args.scorer = args.scorer or default_scorer(args.model)
 
 
 def hint_at_vocabulary(prompts: list[str], words: list[str]) -> None:
@@ -68,11 +119,34 @@ def hint_at_vocabulary(prompts: list[str], words: list[str]) -> None:
         print(f"the model does not know: {', '.join(unknown[:10])}. It knows: {', '.join(words)}", file=sys.stderr)
 
 
+def way_to_draw(args, pipeline: Pipeline, drawing: Drawing) -> tuple[Callable, dict[str, str]]:
+    """-> prompt, seed -> what was found (see the head), latent, picture; and digests of what it reads."""
+    def draw(prompt: str, seeds: Sequence[int]) -> Iterator[tuple[Tensor, Image.Image]]:
+        for i in range(0, len(seeds), args.batch_size):
+            some = seeds[i:i + args.batch_size]
+            yield from draw_pictures(pipeline, drawing, [prompt] * len(some), some, args.lan)
+
+    if args.way == "excite":
+        words = split_words(args.excite, args.prompt, pipeline.tokenizer)
+        return partial(draw_excited, pipeline, drawing, words), {}
+    phrases = list(dict.fromkeys(cli.read_prompts(args.suffixes))) if args.way == "suffixes" else []
+    with files_read() as files:
+        scorer = (load_reward if args.way == "optimise_noise" else load_scorer)(args.scorer, pipeline.device)
+    inputs = {"scorer": digest_all(files)}
+    if args.way == "optimise_noise":
+        return partial(draw_optimised, pipeline, drawing, scorer, args.optimise_noise, args.noise_lr), inputs
+    score = partial(score_pool, scorer)
+    if args.way == "best_of":
+        return partial(draw_best, draw, score, args.best_of), inputs
+    return draw_with_suffixes(draw, score, phrases, args.seed), inputs | {"suffixes": digest_of(phrases)}
+
+
 def draw_all(
     out: Path, pipeline: Pipeline, drawing: Drawing, rows: list[dict], lan: bool, batch_size: int, save_latents: bool,
-    columns: int,
+    columns: int, way: Callable | None, note: dict[str, str],
 ) -> None:
-    """Draws what is not there yet of `rows`, each {file, prompt, seed}; the sheet shows `columns` pictures a prompt."""
+    """Draws what is not there yet of `rows`, each {file, prompt, seed}; the sheet shows `columns` pictures a prompt.
+    With a `way`, see `way_to_draw`, a picture is drawn by itself, and has `note` among its settings."""
     def latent_file(row: dict) -> Path:
         return out / "partial" / row["file"].replace(".png", ".safetensors")
 
@@ -80,29 +154,38 @@ def draw_all(
         kept = not save_latents or latent_file(row).is_file() or (out / "latents.safetensors").is_file()
         return (out / row["file"]).is_file() and kept
 
+    def line_of(row: dict) -> dict:
+        """With what was found while it was drawn; the picture has it."""
+        return row | json.loads(open_picture(out / row["file"]).info["hg-dpo"])["found"] if way else row
+
     # A batch is drawn again unless all of it is there: in another batch a picture would be rounded differently.
+    batch_size = 1 if way else batch_size
     batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
     batches = [batch for batch in batches if not all(map(is_done, batch))]
 
-    def drawn() -> Iterator[tuple[dict, Tensor, Image.Image]]:
+    def drawn() -> Iterator[tuple[dict, dict, Tensor, Image.Image]]:
         for batch in batches:
+            if way:
+                yield batch[0], *way(batch[0]["prompt"], batch[0]["seed"])
+                continue
             prompts, seeds = [row["prompt"] for row in batch], [row["seed"] for row in batch]
             for row, (latent, image) in zip(batch, draw_pictures(pipeline, drawing, prompts, seeds, lan)):
-                yield row, latent, image
+                yield row, {}, latent, image
 
     try:
-        for row, latent, image in cli.progress(drawn(), sum(map(len, batches)), "drawing"):
+        for row, found, latent, image in cli.progress(drawn(), sum(map(len, batches)), "drawing"):
             if not is_done(row):
-                settings = picture_settings(pipeline, drawing, row["seed"], lan)
+                line = row | found
+                settings = picture_settings(pipeline, drawing, line["seed"], lan) | note
                 more = {"scheduler": pipeline.configs["scheduler"], "dtype": str(pipeline.dtype),
-                        "model": pipeline.name}
+                        "model": pipeline.name} | ({"found": found} if way else {})
                 if save_latents:
                     write_tensors(latent_file(row), {"latents": latent})
                 write_png(out / row["file"], image, {
-                    "parameters": parameters(row["prompt"], drawing.negative_prompt, settings),
+                    "parameters": parameters(line["prompt"], drawing.negative_prompt, settings),
                     "hg-dpo": json.dumps({**settings, **more})})
     finally:                                     # after Ctrl-C, too: what is finished is listed and shown
-        if done := [row for row in rows if is_done(row)]:
+        if done := [line_of(row) for row in rows if is_done(row)]:
             write_text(out / "images.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done))
             columns = columns if 1 < columns <= 10 else min(8, len(rows))
             captions = [f"{row['seed']}: {row['prompt']}" for row in done[:SHEET_PICTURES]]
@@ -127,22 +210,28 @@ def main() -> None:
     drawing = Drawing.of(vars(args)).for_model(pipeline)
     if args.model in BUILT_IN:
         hint_at_vocabulary(args.prompt, named(BUILT_IN[args.model].vocabulary)())
-    rows = [
-        {"file": f"{k * args.num_images + i:05d}.png", "prompt": prompt, "seed": args.seed + k * args.num_images + i}
-        for k, prompt in enumerate(args.prompt) for i in range(args.num_images)]
+    prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
+    rows = [{"file": f"{n:05d}.png", "prompt": prompt, "seed": args.seed + n * (args.best_of or 1)}
+            for n, prompt in enumerate(prompts)]
     out, manifest = Path(args.out), Path(args.out) / "generate.json"
     options = vars(args) | asdict(drawing) | {"dtype": str(dtype).removeprefix("torch.")}
-    options = {name: value for name, value in options.items() if name not in NOT_NOTED}
+    options = {name: value for name, value in options.items()
+               if name not in NOT_NOTED and (value is not None or name not in LATER)}
     inputs = {"model": digest_all(files), "prompt": digest_of(args.prompt)}
+    way, note = None, {}
+    if args.way:
+        way, more = way_to_draw(args, pipeline, drawing)
+        note, inputs = {"Drawn with": f"--{args.way.replace('_', '-')} {options[args.way]}"}, inputs | more
     with locked(out):
         open_manifest(manifest, options, inputs, MAY_CHANGE)
         write_manifest(manifest, options, inputs)
         clear_unfinished(out)
         print(
             f"drawing {len(rows)} pictures of {drawing.width}x{drawing.height} with {pipeline.name}, "
-            f"{SAMPLERS[drawing.sampler].label}, {drawing.steps} steps, guidance {drawing.guidance:g}, on {device} in "
-            f"{options['dtype']} to {out}")
-        draw_all(out, pipeline, drawing, rows, args.lan, args.batch_size, args.save_latents, args.num_images)
+            f"{SAMPLERS[drawing.sampler].label}, {drawing.steps} steps, guidance {drawing.guidance:g}, "
+            f"{''.join(f'{how}, ' for how in note.values())}on {device} in {options['dtype']} to {out}")
+        draw_all(
+            out, pipeline, drawing, rows, args.lan, args.batch_size, args.save_latents, args.num_images, way, note)
 
 
 if __name__ == "__main__":
