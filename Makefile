@@ -24,8 +24,8 @@ test: .venv/test
 # The numerics on the kernels of a processor without AVX-512 and AMX, with one thread.
 test-avx2: .venv/test
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 \
-	tests/test_sampling.py tests/test_networks.py tests/test_losses.py tests/test_family.py tests/test_lora.py \
-	tests/test_lan.py
+	tests/test_sampling.py tests/test_networks.py tests/test_losses.py tests/test_family.py tests/test_policy.py \
+	tests/test_reward_gradients.py tests/test_lora.py tests/test_lan.py
 
 bench: .venv/test
 	.venv/bin/python benchmarks/sampling_step.py
