@@ -141,13 +141,19 @@ def add_drawing_options(parser: argparse.ArgumentParser, samplers: Iterable[str]
     parser.add_argument("--batch-size", type=whole(1), default=4, help="pictures drawn at once; does not change them")
 
 
+def add_lora_options(parser: argparse.ArgumentParser) -> None:
+    """The LoRA that is trained."""
+    parser.add_argument("--rank", type=whole(1), help="of the LoRA (default: 8)")
+    parser.add_argument("--alpha", type=real(above=0), help="the LoRA acts with alpha / rank (default: 8)")
+    parser.add_argument("--init-lora", metavar="FILE", help="start from this LoRA; the reference stays the bare model")
+    parser.add_argument("--lora-format", default="kohya", choices=("kohya", "peft"))
+
+
 def add_training_options(
     parser: argparse.ArgumentParser, schedules: Iterable[str], unit: str, *, lr: float | None, batch_size: int | None,
     grad_accum: int | None, steps: int, save_every: int,
 ) -> None:
-    """How a LoRA is trained, on whatever `unit` is; a default of None is the program's to fill in."""
-    parser.add_argument("--rank", type=whole(1), help="of the LoRA (default: 8)")
-    parser.add_argument("--alpha", type=real(above=0), help="the LoRA acts with alpha / rank (default: 8)")
+    """How a step is made, of whatever `unit` is; a default of None is the program's to fill in."""
     parser.add_argument("--lr", type=real(above=0), default=lr, help="learning rate")
     parser.add_argument("--warmup", type=whole(0), default=0, help="steps over which the rate rises to --lr")
     parser.add_argument(
@@ -160,8 +166,6 @@ def add_training_options(
     parser.add_argument("--save-every", type=whole(1), default=save_every, help="steps between checkpoints")
     parser.add_argument("--sample-every", type=whole(0), default=0, help="steps between sample pictures; 0 is never")
     parser.add_argument("--max-grad-norm", type=real(above=0), default=1.0)
-    parser.add_argument("--init-lora", metavar="FILE", help="start from this LoRA; the reference stays the bare model")
-    parser.add_argument("--lora-format", default="kohya", choices=("kohya", "peft"))
     parser.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw8bit"))
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net")
@@ -171,6 +175,26 @@ def add_prompt_options(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--prompts", metavar="FILE", help=help)
     parser.add_argument("--category", help="with a table of prompts: keep the rows whose Category this is")
     parser.add_argument("--limit", type=whole(1), help="only the first so many prompts")
+
+
+def add_concept_options(parser: argparse.ArgumentParser) -> None:
+    """A person who is given by pictures, to be drawn at a placeholder of the prompts; see `concept_rows`."""
+    parser.add_argument("--concept", metavar="FILE", help="a concept that train_concept.py made: prompts have its "
+                        "placeholder where the person is")
+    parser.add_argument("--concept-image", nargs="+", default=[], metavar="PICTURE", help="with it, pictures of the "
+                        "person, cut out by their alpha channel, if any (or each prompt's own, as concept_images in a "
+                        ".jsonl of --prompts)")
+    parser.add_argument("--concept-strength", type=real(0), metavar="S", help="of the concept's adapters; at 0 the "
+                        "person is not seen at all (default: 0.3)")
+
+
+def check_concept_options(args: argparse.Namespace) -> None:
+    if not args.concept and (args.concept_image or args.concept_strength is not None):
+        raise UserError("--concept-image and --concept-strength go with --concept FILE")
+    if args.concept and args.prompt_weights != "off":
+        raise UserError("--concept goes without --prompt-weights, which makes other tokens of a prompt")
+    if args.concept and args.concept_strength is None:
+        args.concept_strength = 0.3
 
 
 def device_and_dtype(name: str, dtype: str) -> tuple[torch.device, torch.dtype]:

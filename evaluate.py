@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from dataset.concepts import check_subjects, subjects
 from dataset.folder import in_turn, locked, open_manifest, write_manifest
 from dataset.images import open_picture
 from dataset.preferences import digest_of_source, read_pairs
@@ -67,7 +68,7 @@ from sampling import SAMPLERS, Drawing
 
 # Not noted in evaluation.json; or noted by their contents: the sides, the prompts. Scorers may be added.
 NOT_NOTED = ("out", "device", "batch_size", "shard", "scorers", "run", "fid", "lora", "lan", "candidate", "baseline",
-             "compare", "limit", "category")
+             "compare", "limit", "category", "concept", "concept_image", "concept_strength")
 MAY_CHANGE = ("model", "vae", "prompts", "preference_accuracy")
 SHEET_COLUMNS = 12
 SHOWN = ("height", "width", "steps", "guidance", "sampler", "negative_prompt", "seed", "num_images", "dtype")
@@ -96,13 +97,17 @@ def parse_args():
     parser.add_argument(
         "--shard", type=cli.shard_name, metavar="I/N", help="this job's part, 0/4 ... 3/4 (torchrun sets it)")
     parser.add_argument("--out", required=True, metavar="DIR", help="the same command goes on with it")
+    cli.add_concept_options(parser)
     cli.add_drawing_options(parser, SAMPLERS)
     args = parser.parse_args()
+    cli.check_concept_options(args)
     ways = [f"--{name}" for name in ("lora", "candidate", "compare") if getattr(args, name)]
     if args.preference_accuracy and ways not in ([], ["--lora"], ["--compare"]):
         raise UserError(f"{' and '.join(ways)}: with --preference-accuracy give --lora, --compare or none")
     if not args.preference_accuracy and len(ways) != 1:
         raise UserError(f"{' and '.join(ways) or 'nothing to judge'}: give one of --lora, --candidate and --compare")
+    if args.concept and args.preference_accuracy:
+        raise UserError("--concept goes without --preference-accuracy")
     if args.human_only and not args.preference_accuracy:
         raise UserError("--human-only goes with --preference-accuracy")
     names = (args.scorers or default_scorers(args.model)).split(",")
@@ -165,6 +170,8 @@ def make_sides(args) -> list[Side]:
     if args.compare:
         sides += parse_compare(args.compare, args.model, args.lan)
     check_sides(sides, args.sampler)
+    if args.concept:
+        sides = [side if side.drawn else replace(side, concept=(args.concept, args.concept_strength)) for side in sides]
     return sides
 
 
@@ -174,7 +181,12 @@ def make_rows(args, sides: list[Side], drawing: Drawing) -> tuple[list[dict], Dr
     if not drawn:
         own = str(BUILT_IN[args.model].prompts_test) if args.model in BUILT_IN else "parti-people"
         prompts = cli.read_prompts(args.prompts or own, args.category)[:args.limit]
-        return rows_to_draw(prompts, args.num_images, args.seed), drawing
+        shown = [{"prompt": prompt} for prompt in prompts]
+        if args.concept:
+            shown = subjects(prompts, args.prompts, args.concept_image)[:args.limit]
+        return rows_to_draw(shown, args.num_images, args.seed), drawing
+    if args.concept_image:
+        raise UserError(f"--concept-image: {drawn[0].model} has its own; leave this away")
     if args.prompts:
         raise UserError(f"--prompts: {drawn[0].model} has its own; leave this away")
     rows, (width, height) = rows_drawn(drawn, args.limit)
@@ -196,13 +208,15 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
 
     sides = make_sides(args)
     rows, drawing = make_rows(args, sides, Drawing.of(vars(args)))
-    to_draw, digests = [side for side in sides if not side.drawn], {}
+    to_draw, digests, seen = [side for side in sides if not side.drawn], {}, {}
     for side in sides:                           # before the first picture: what is wrong with the last side shows now
         if side.drawn:
             digests[side.name] = drawn_digest(side, rows)
         else:
             pipeline, digests[side.name] = load_side(side, load)
             drawing = drawing.for_model(pipeline)
+            if side.concept:
+                seen = {"concept_image": check_subjects(rows, pipeline.concept, pipeline.tokenizer)}
             del pipeline
     options = noted_options(args, drawing, dtype)
     unlike = unlike_settings(sides, drawing, rows)
@@ -221,7 +235,7 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
 
     with locked(out, part, parts, f"{parts} jobs"):
         with in_turn(out):
-            begin_evaluation(out, options, {"prompts": digest_of(rows)}, sides, digests, rows)
+            begin_evaluation(out, options, {"prompts": digest_of(rows)} | seen, sides, digests, rows)
         print(
             f"{len(rows)} pictures of {drawing.width}x{drawing.height} a side to {out}, on {device} in "
             f"{options['dtype']}, job {part + 1} of {parts}: " + "; ".join(f"{side.name} is {side}" for side in sides))

@@ -30,11 +30,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dataset.concepts import check_subjects, person_of, subjects
 from dataset.folder import clear_unfinished, locked, open_manifest, write_manifest
 from dataset.images import open_picture
 from dataset.sources import score_pool
 from model.builtin import BUILT_IN, default_scorer, named
 from model.checkpoint import Pipeline, load_pipeline
+from model.concept import load_concept
 from model.errors import UserError
 from model.files import digest_all, digest_of, files_read, read_tensors, write_tensors, write_text
 from model.scorers import load_reward, load_scorer
@@ -52,10 +54,12 @@ from sampling import (
 )
 
 SHEET_PICTURES = 64
-NOT_NOTED = ("out", "device", "batch_size", "prompt", "limit", "way")          # in generate.json; prompts are inputs
-MAY_CHANGE = ("model", "vae", "prompts", "category", "scorer", "suffixes")     # there: names, whose contents are inputs
+# Not in generate.json; and there, but names, whose contents are inputs.
+NOT_NOTED = ("out", "device", "batch_size", "prompt", "limit", "way", "shown")
+MAY_CHANGE = ("model", "vae", "prompts", "category", "scorer", "suffixes", "concept", "concept_image")
 WAYS = ("best_of", "optimise_noise", "suffixes", "excite")     # to better pictures without training, each in sampling/
-LATER = (*WAYS, "noise_lr", "scorer")          # noted where they are given: folders of before they came go on
+# Noted where they are given: folders of before they came go on.
+LATER = (*WAYS, "noise_lr", "scorer", "concept", "concept_image", "concept_strength")
 
 
 def parse_args():
@@ -79,8 +83,10 @@ def parse_args():
     parser.add_argument("--num-images", type=cli.whole(1), default=1, help="pictures a prompt")
     parser.add_argument("--out", default="out", metavar="DIR", help="the same command goes on with it")
     parser.add_argument("--save-latents", action="store_true", help="also the final scaled latents, float32")
+    cli.add_concept_options(parser)
     cli.add_drawing_options(parser, SAMPLERS)
     args = parser.parse_args()
+    listing = None if args.prompt else args.prompts
     args.prompt += cli.read_prompts(args.prompts, args.category) if args.prompts else []
     args.prompt = args.prompt[:args.limit]
     if not args.prompt:
@@ -88,6 +94,12 @@ def parse_args():
     if args.lan and (not args.lora or SAMPLERS[args.sampler].stochastic):
         raise UserError("--lan needs --lora, and a sampler that draws no noise of its own (dpm++ or ddim)")
     check_way(args)
+    cli.check_concept_options(args)
+    if args.concept and args.way:
+        raise UserError(f"--concept goes without --{args.way.replace('_', '-')}")
+    args.shown = [{"prompt": prompt} for prompt in args.prompt]
+    if args.concept:
+        args.shown = subjects(args.prompt, listing, args.concept_image)[:args.limit]
     return args
 
 
@@ -145,7 +157,8 @@ def draw_all(
     out: Path, pipeline: Pipeline, drawing: Drawing, rows: list[dict], lan: bool, batch_size: int, save_latents: bool,
     columns: int, way: Callable | None, note: dict[str, str],
 ) -> None:
-    """Draws what is not there yet of `rows`, each {file, prompt, seed}; the sheet shows `columns` pictures a prompt.
+    """Draws what is not there yet of `rows`, each {file, prompt, seed}, and, where the pipeline has a concept,
+    concept_images; the sheet shows `columns` pictures a prompt.
     With a `way`, see `way_to_draw`, a picture is drawn by itself, and has `note` among its settings."""
     def latent_file(row: dict) -> Path:
         return out / "partial" / row["file"].replace(".png", ".safetensors")
@@ -158,6 +171,7 @@ def draw_all(
         """With what was found while it was drawn; the picture has it."""
         return row | json.loads(open_picture(out / row["file"]).info["hg-dpo"])["found"] if way else row
 
+    person = person_of(pipeline.concept) if pipeline.concept else None
     # A batch is drawn again unless all of it is there: in another batch a picture would be rounded differently.
     batch_size = 1 if way else batch_size
     batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
@@ -169,7 +183,8 @@ def draw_all(
                 yield batch[0], *way(batch[0]["prompt"], batch[0]["seed"])
                 continue
             prompts, seeds = [row["prompt"] for row in batch], [row["seed"] for row in batch]
-            for row, (latent, image) in zip(batch, draw_pictures(pipeline, drawing, prompts, seeds, lan)):
+            people = list(map(person, batch)) if person else None
+            for row, (latent, image) in zip(batch, draw_pictures(pipeline, drawing, prompts, seeds, lan, people)):
                 yield row, {}, latent, image
 
     try:
@@ -210,14 +225,20 @@ def main() -> None:
     drawing = Drawing.of(vars(args)).for_model(pipeline)
     if args.model in BUILT_IN:
         hint_at_vocabulary(args.prompt, named(BUILT_IN[args.model].vocabulary)())
-    prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
-    rows = [{"file": f"{n:05d}.png", "prompt": prompt, "seed": args.seed + n * (args.best_of or 1)}
-            for n, prompt in enumerate(prompts)]
+    inputs = {"model": digest_all(files), "prompt": digest_of(args.prompt)}
+    if args.concept:
+        with files_read() as files:
+            concept = load_concept(args.concept, pipeline, args.concept_strength)
+        inputs |= {"concept": digest_all(files),
+                   "concept_image": check_subjects(args.shown, concept, pipeline.tokenizer)}
+        pipeline.concept = concept if args.concept_strength else None
+    shown = [row for row in args.shown for _ in range(args.num_images)]
+    rows = [{"file": f"{n:05d}.png", "prompt": row["prompt"], "seed": args.seed + n * (args.best_of or 1), **row}
+            for n, row in enumerate(shown)]
     out, manifest = Path(args.out), Path(args.out) / "generate.json"
     options = vars(args) | asdict(drawing) | {"dtype": str(dtype).removeprefix("torch.")}
     options = {name: value for name, value in options.items()
-               if name not in NOT_NOTED and (value is not None or name not in LATER)}
-    inputs = {"model": digest_all(files), "prompt": digest_of(args.prompt)}
+               if name not in NOT_NOTED and (value not in (None, []) or name not in LATER)}
     way, note = None, {}
     if args.way:
         way, more = way_to_draw(args, pipeline, drawing)

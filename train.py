@@ -67,6 +67,7 @@ def parse_args():
     parser.add_argument("--holdout", type=cli.whole(0), default=0, help="with --sample-every: pairs kept out of "
                         "training, for the held-out accuracy")
     parser.add_argument("--full", action="store_true", help="train the whole U-Net (with a loss without reference)")
+    cli.add_lora_options(parser)
     cli.add_training_options(
         parser, SCHEDULES, "pairs", lr=1e-5, batch_size=4, grad_accum=1, steps=1000, save_every=100)
     args = parser.parse_args()

@@ -150,6 +150,7 @@ def parse_args():
                         "from other noise")
     parser.add_argument("--reward-limit", type=cli.real(), help="a picture of a higher reward has no gradient; refl's "
                         "default is on ImageReward's scale")
+    cli.add_lora_options(parser)
     cli.add_training_options(
         parser, SCHEDULES, "prompts", lr=None, batch_size=None, grad_accum=None, steps=100, save_every=10)
     parser.epilog = "defaults of the methods:\n" + "\n".join(

@@ -13,7 +13,7 @@ from torch import Tensor
 from model.checkpoint import Pipeline
 from model.errors import UserError
 from model.files import read_lines
-from model.preprocess import over_white
+from model.preprocess import has_alpha, over_white
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")        # Pillow knows more: an EPS would start Ghostscript
 Image.MAX_IMAGE_PIXELS = 64_000_000              # no picture of ours is larger; a bomb is refused, not unpacked
@@ -21,9 +21,10 @@ LONGEST, STRETCHED = 16_384, 50                  # pixels a side; and long side 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)                  # `open_picture` refuses these itself
 
 
-def open_picture(source: Path | bytes, where: str | None = None) -> Image.Image:
+def open_picture(source: Path | bytes, where: str | None = None, keep_alpha: bool = False) -> Image.Image:
     """A picture from a file or from a file's bytes: decoded to its end, upright, and RGB, over white where it is
-    transparent. Of an animation it is the first picture. `info` keeps the texts of a PNG and nothing else.
+    transparent; with `keep_alpha` such a picture is RGBA. Of an animation it is the first picture. `info` keeps the
+    texts of a PNG and nothing else.
 
     `where` is what errors call it (default: the path). Raises UserError where it is none of FORMATS, damaged, too
     large, or not there.
@@ -38,7 +39,8 @@ def open_picture(source: Path | bytes, where: str | None = None) -> Image.Image:
                 raise too_large(where, f"{image.width}x{image.height}")
             image.load()
             texts = {key: text for key, text in image.info.items() if isinstance(text, str)}
-            image = over_white(eight_bits(ImageOps.exif_transpose(image)))
+            image = eight_bits(ImageOps.exif_transpose(image))
+            image = image.convert("RGBA") if keep_alpha and has_alpha(image) else over_white(image)
     except Image.DecompressionBombError:
         raise too_large(where, "far too many") from None
     except UserError:
@@ -81,14 +83,15 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def read_listing(path: Path, **more: type) -> list[dict]:
-    """The lines of an images.jsonl, one a picture: `file`, `prompt`, and what else is asked for, each of its type."""
+    """The lines of an images.jsonl, one a picture: `file`, `prompt`, and what else is asked for, each of its type; what
+    may be None is left out where it is not there."""
     rows = read_lines(path, file=str, prompt=str, **more)
     for row in rows:
         if Path(row["file"]).is_absolute() or ".." in Path(row["file"]).parts:
             raise UserError(f"{path}: {row['file']!r:.200} lies outside the folder")
     if not rows:
         raise UserError(f"{path}: no picture in it")
-    return [{key: row[key] for key in ("file", "prompt", *more)}
+    return [{key: row[key] for key in ("file", "prompt", *more) if row.get(key) is not None}
             | {"prompt": row["prompt"].encode(errors="replace").decode()} for row in rows]      # half an emoji: ?
 
 

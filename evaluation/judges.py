@@ -22,12 +22,13 @@ from PIL import Image
 from torch import Tensor
 
 from dataset.folder import in_turn, write_manifest
-from dataset.images import fit, to_latent
+from dataset.images import fit, open_picture, to_latent
 from losses.diffusion_dpo import squared_error
 from model.builtin import BUILT_IN, named
 from model.checkpoint import Pipeline
 from model.errors import UserError
 from model.files import digest_all, files_read, is_a, parse_object, read_json, read_lines, read_text, write_text
+from model.identity import Distance, load_identity
 from model.lora import lora_disabled
 from model.preprocess import clip_preprocess, to_batch
 from model.scorers import load_scorer
@@ -36,6 +37,7 @@ from sampling import Drawing, add_noise, guided_eps, seeded
 from .statistics import HSV, RGB, colours, spread
 
 Judge = Callable[[list[Image.Image], list[str]], list | Tensor]
+IDENTITY = "identity:"                         # before the name of one of model/identity.py
 DRAWS = 10                                     # steps and noises that the implicit reward is the mean of
 
 
@@ -50,8 +52,29 @@ JUDGES: dict[str, Callable[[torch.device], Judge]] = {
 
 
 def load_judge(name: str, device: torch.device) -> Judge:
-    """One of `JUDGES`, or any scorer of model/scorers.py."""
+    """One of `JUDGES`, any scorer of model/scorers.py, or identity:NAME, any distance of model/identity.py."""
+    if name.startswith(IDENTITY):
+        return judge_identity(load_identity(name.removeprefix(IDENTITY), device))
     return JUDGES[name](device) if name in JUDGES else load_scorer(name, device)
+
+
+def judge_identity(distance: Distance) -> Judge:
+    """-> judge(images, the concept's pictures of each) -> minus the distance: higher is nearer, as of scorers."""
+    def judge(images: list[Image.Image], concepts: list[list[str]]) -> Tensor:
+        nearness = []
+        for files, some in groupby(zip(images, concepts, strict=True), key=lambda one: one[1]):
+            pictures = [open_picture(Path(file), keep_alpha=True).convert("RGB") for file in files]
+            nearness.append(-distance([image for image, _ in some], pictures))
+        return torch.cat(nearness)
+    return judge
+
+
+def read_by(name: str, row: dict) -> str | list[str]:
+    """What a judge is told of a picture: its prompt, or, where a concept's placeholder stands in that, its caption; or
+    the concept's pictures."""
+    if name.startswith(IDENTITY) and "concept_images" not in row:
+        raise UserError(f"{row['file']} was drawn without a concept, so that it has no one to resemble")
+    return row["concept_images"] if name.startswith(IDENTITY) else row.get("caption", row["prompt"])
 
 
 def judge_colours(images: list[Image.Image], prompts: list[str]) -> list[dict[str, float]]:
@@ -125,7 +148,7 @@ def read_scores(out: Path, side: str) -> dict[str, dict]:
             with contextlib.suppress(UserError):               # where a run was killed as it wrote, or an empty line
                 rows.append(parse_object(line, str(path), {"file": str}))
     for row in rows:
-        for name in row.keys() - {"file", "prompt", "seed"}:
+        for name in row.keys() - {"file", "prompt", "seed", "concept_images", "caption"}:
             if not is_answer(name, row[name]):
                 raise UserError(f"{out}, {side}: what {name} says of {row['file']!r:.60} is damaged; make it again")
         answers.setdefault(row["file"], {}).update(row)
@@ -180,7 +203,7 @@ def measure(
                         rows.append(row)
                     except UserError as error:
                         unreadable.add(str(error))
-                answers = judge(images, [row["prompt"] for row in rows]) if rows else []
+                answers = judge(images, [read_by(name, row) for row in rows]) if rows else []
                 answers = answers.tolist() if isinstance(answers, Tensor) else answers
                 for row, answer in zip(rows, answers, strict=True):
                     if isinstance(answer, float) and not math.isfinite(answer):

@@ -3,12 +3,18 @@ their pictures come to be, the same prompts from the same seeds on every side.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
+from PIL import Image
+from torch import Tensor
+
+from dataset.concepts import person_of
 from dataset.images import open_picture, read_listing
 from model.checkpoint import Pipeline
+from model.concept import load_concept
 from model.errors import UserError
 from model.files import digest_all, files_read
 from model.lora import split_lora
@@ -24,6 +30,7 @@ class Side:
     model: str                                 # a model, or a folder of pictures that are drawn already
     loras: tuple[str, ...] = ()                # FILE or FILE:WEIGHT
     lan: bool = False
+    concept: tuple[str, float] | None = None   # FILE and strength
 
     @property
     def drawn(self) -> bool:
@@ -33,7 +40,8 @@ class Side:
         return Path(self.model) if self.drawn else out / "images" / self.name
 
     def __str__(self) -> str:
-        return " + ".join([self.model, *self.loras, *["LAN"] * self.lan])
+        concept = ["{}:{:g}".format(*self.concept)] if self.concept else []
+        return " + ".join([self.model, *self.loras, *concept, *["LAN"] * self.lan])
 
 
 def parse_side(name: str, text: str, lan: bool = False) -> Side:
@@ -69,10 +77,12 @@ def check_sides(sides: list[Side], sampler: str) -> None:
 
 # Which pictures
 
-def rows_to_draw(prompts: list[str], num_images: int, seed: int) -> list[dict]:
-    """{file, prompt, seed} of every picture, which all sides have in common."""
-    repeated = [prompt for prompt in prompts for _ in range(num_images)]
-    return [{"file": f"{n:05d}.png", "prompt": prompt, "seed": seed + n} for n, prompt in enumerate(repeated)]
+def rows_to_draw(shown: list[dict], num_images: int, seed: int) -> list[dict]:
+    """{file, prompt, seed} of every picture, which all sides have in common, and what else `shown` says of it, each
+    {prompt} or one of `subjects`."""
+    repeated = [one for one in shown for _ in range(num_images)]
+    return [{"file": f"{n:05d}.png", "prompt": one["prompt"], "seed": seed + n, **one}
+            for n, one in enumerate(repeated)]
 
 
 def rows_drawn(sides: list[Side], limit: int | None) -> tuple[list[dict], tuple[int, int]]:
@@ -85,8 +95,8 @@ def rows_drawn(sides: list[Side], limit: int | None) -> tuple[list[dict], tuple[
         unlike = [
             (f"{len(theirs)} pictures", len(rows), len(theirs) == len(rows)),
             ("pictures of {}x{}".format(*their_size), "{}x{}".format(*size), their_size == size),
-            *[(f"{one['file']} with the {key} {one[key]!r}", repr(row[key]), one[key] == row[key])
-              for one, row in zip(theirs, rows) for key in row]]
+            *[(f"{one['file']} with the {key} {one.get(key)!r}", repr(row.get(key)), one.get(key) == row.get(key))
+              for one, row in zip(theirs, rows) for key in row | one]]
         for found, expected, alike in unlike:
             if not alike:
                 raise UserError(f"{side.model}: {found}, where {first.model} has {expected}; draw both alike")
@@ -97,7 +107,7 @@ def rows_drawn(sides: list[Side], limit: int | None) -> tuple[list[dict], tuple[
 def read_drawn(side: Side) -> tuple[list[dict], tuple[int, int]]:
     """The rows of a folder's images.jsonl, all of whose pictures are there, and their width and height."""
     folder = Path(side.model)
-    rows = read_listing(folder / "images.jsonl", seed=int)
+    rows = read_listing(folder / "images.jsonl", seed=int, concept_images=(list, NoneType), caption=(str, NoneType))
     if nested := [row["file"] for row in rows if Path(row["file"]).name != row["file"]]:
         raise UserError(f"{folder / 'images.jsonl'}: {nested[0]!r:.200} lies in a folder of its own; pictures right "
                         "beside the list were expected")
@@ -128,6 +138,8 @@ def load_side(side: Side, load: Callable[[str], Pipeline]) -> tuple[Pipeline, st
     with files_read() as files:
         pipeline = load(side.model)
         pipeline.add_loras(side.loras)
+        if side.concept:
+            pipeline.concept = load_concept(side.concept[0], pipeline, side.concept[1])
     return pipeline, digest_all(files)
 
 
@@ -149,8 +161,13 @@ def draw_side(
     pipeline, _ = load_side(side, load)
     if not side.lan:
         pipeline.merge_loras()
-    pictures = ((row, image) for batch in batches for row, (_, image) in zip(batch, draw_pictures(
-        pipeline, drawing, [row["prompt"] for row in batch], [row["seed"] for row in batch], side.lan), strict=True))
+    person = person_of(pipeline.concept) if side.concept and side.concept[1] else None
+
+    def drawn(batch: list[dict]) -> Iterator[tuple[Tensor, Image.Image]]:
+        prompts, seeds = [row["prompt"] for row in batch], [row["seed"] for row in batch]
+        return draw_pictures(pipeline, drawing, prompts, seeds, side.lan, list(map(person, batch)) if person else None)
+
+    pictures = ((row, image) for batch in batches for row, (_, image) in zip(batch, drawn(batch), strict=True))
     for row, image in progress(pictures, sum(map(len, batches)), f"drawing {side.name}"):
         if not (folder / row["file"]).is_file():
             settings = picture_settings(pipeline, drawing, row["seed"], side.lan)

@@ -20,6 +20,7 @@ class BuiltIn:
     scorer: str                        # build_dataset.py's: the one that chooses the pairs
     scorers: str                       # evaluate.py's: that one, and a judge that never chose anything
     judges: dict[str, str]             # name -> a function, device -> judge, which can tell of its pictures alone
+    identity: str                      # a function, device -> distance of people, as model/identity.py has of faces
     vocabulary: str                    # a function -> the list of words that it knows, so that others can be named
 
 
@@ -30,6 +31,7 @@ BUILT_IN = {
         judges={
             "judge": "paper_people.judge:load_score", "judge-clean": "paper_people.judge:load_clean",
             "judge-matches": "paper_people.judge:load_matches", "judge-right": "paper_people.judge:load_right"},
+        identity="paper_people.identity:load_distance",
         vocabulary="paper_people.world:words")}
 
 

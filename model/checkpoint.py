@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ from .tokenizer import Tokenizer
 from .unet import UNet
 from .vae import VAE
 
+if TYPE_CHECKING:
+    from .concept import ConceptModel
+
 
 @dataclass
 class Pipeline:
@@ -47,6 +51,7 @@ class Pipeline:
     name: str                          # as --model had it
     vae_name: str | None = None        # as --vae had it, where it is not the model's own
     loras: tuple[str, ...] = ()        # FILE or FILE:WEIGHT of each that was added
+    concept: "ConceptModel | None" = None        # by which people are drawn who are given by pictures; see concept.py
 
     @property
     def device(self) -> torch.device:

@@ -134,11 +134,15 @@ class VisionTransformer(nn.Module):
         self.encoder = Encoder(layers, dim, heads, dim_hidden, act)
         self.post_layernorm = nn.LayerNorm(dim)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def tokens(self, images: Tensor) -> Tensor:
+        """The class token's and every patch's state, without the final norm."""
         x = self.pre_layrnorm(self.embeddings(images))                           # (B, N, D)
         for layer in self.encoder.layers:
             x = layer(x, causal=False)
-        return self.post_layernorm(x[:, 0])                                      # (B, D)
+        return x
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.post_layernorm(self.tokens(images)[:, 0])                    # (B, D)
 
 
 class CLIPVisionEncoder(nn.Module):

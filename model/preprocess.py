@@ -60,9 +60,13 @@ def cut_pixels(pixels: Tensor, left: int, top: int, width: int, height: int) -> 
     return F.pad(pixels, (-left, right, -top, bottom))
 
 
+def has_alpha(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "transparency" in image.info
+
+
 def over_white(image: Image.Image) -> Image.Image:
     """To RGB; what is transparent becomes white, as in transformers 5. Earlier ones showed the colours beneath."""
-    if "A" in image.getbands() or "transparency" in image.info:
+    if has_alpha(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

@@ -1,22 +1,9 @@
 """Cross-attention maps of a U-Net: which places of a picture look at which words. N places, M text tokens, h heads."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from model.tokenizer import Tokenizer
-
-
-def find_tokens(word: str, prompt: str, tokenizer: Tokenizer) -> list[int]:
-    """The places of a word, or of several, among the prompt's tokens, each time it is there; what is cut off is not."""
-    ids, wanted = tokenizer.token_ids(prompt)[:tokenizer.max_length - 2], tokenizer.token_ids(word)
-    starts = [i for i in range(len(ids)) if ids[i:i + len(wanted)] == wanted]
-    return [i + j for i in starts for j in range(len(wanted))]
 
 
 def quarter_level(unet: nn.Module) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.errors import UserError
 
-from .attention import attention_maps, find_tokens, quarter_level
+from .attention import attention_maps, quarter_level
 from .drawing import Drawing, to_picture
 from .single import take_apart
 
@@ -34,7 +34,7 @@ def split_words(text: str, prompts: list[str], tokenizer: Tokenizer) -> list[str
     """"hair, shirt" -> ["hair", "shirt"]. UserError on a word that none of the prompts has."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     for word in words:
-        if not any(find_tokens(word, prompt, tokenizer) for prompt in prompts):
+        if not any(tokenizer.find(word, prompt) for prompt in prompts):
             raise UserError(f"--excite {text}: {word!r} is no word of any prompt, or behind the tokens that are read")
     if not words:
         raise UserError(f"--excite {text}: no word in it; give words of the prompt, such as hair,shirt")
@@ -99,7 +99,7 @@ def draw_excited(
     """-> which of the words the prompt has, the latent (4, h, w), and the picture; the sampler must not be stochastic.
     Every token of a word counts, each time that it is there. A move costs one U-Net row, forward and backward; there is
     one before each step of the first half, and there are 60 more at most."""
-    found = {word: find_tokens(word, prompt, pipeline.tokenizer) for word in words}
+    found = {word: pipeline.tokenizer.find(word, prompt) for word in words}
     found = {word: tokens for word, tokens in found.items() if tokens}
     sample, eps_fn, noise, context = take_apart(pipeline, drawing, prompt, seed)
     level = quarter_level(pipeline.unet)

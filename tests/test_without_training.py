@@ -20,7 +20,7 @@ from model.scorers import load_scorer
 from model.tokenizer import Tokenizer
 from paper_people.judge import judge_pictures, load_judge
 from sampling import Drawing, draw_best, draw_pictures
-from sampling.attention import attention_maps, find_tokens, quarter_level
+from sampling.attention import attention_maps, quarter_level
 from sampling.drawing import decode
 from sampling.excite import BLUR, excite_loss, sample_excited
 from sampling.noise import optimise_noise, recomputed, shell_penalty
@@ -113,11 +113,11 @@ def test_the_steps_are_renos_and_the_best_is_kept():
 def test_words_are_found_among_the_tokens():
     tokenizer = Tokenizer.clip()
     prompt = "Red HAIR, hairy,  red\nshirt"              # red hair , hairy , red shirt
-    assert find_tokens("hair", prompt, tokenizer) == [1]
-    assert find_tokens("red", prompt, tokenizer) == [0, 5]
-    assert find_tokens("red shirt", prompt, tokenizer) == [5, 6]
-    assert find_tokens("shi", prompt, tokenizer) == [] == find_tokens("cat", "a " * 75 + "cat", tokenizer)
-    assert find_tokens("cat", "a " * 74 + "cat", tokenizer) == [74]
+    assert tokenizer.find("hair", prompt) == [1]
+    assert tokenizer.find("red", prompt) == [0, 5]
+    assert tokenizer.find("red shirt", prompt) == [5, 6]
+    assert tokenizer.find("shi", prompt) == [] == tokenizer.find("cat", "a " * 75 + "cat")
+    assert tokenizer.find("cat", "a " * 74 + "cat") == [74]
 
 
 def test_the_loss_is_the_least_attended_words():
