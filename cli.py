@@ -188,13 +188,15 @@ def add_concept_options(parser: argparse.ArgumentParser) -> None:
                         "person is not seen at all (default: 0.3)")
 
 
-def check_concept_options(args: argparse.Namespace) -> None:
-    if not args.concept and (args.concept_image or args.concept_strength is not None):
+def concept_strength(
+    concept: str | None, pictures: list[str], strength: float | None, prompt_weights: str,
+) -> float | None:
+    """What --concept-strength stands for; UserError where the options are given that do not go with each other."""
+    if not concept and (pictures or strength is not None):
         raise UserError("--concept-image and --concept-strength go with --concept FILE")
-    if args.concept and args.prompt_weights != "off":
+    if concept and prompt_weights != "off":
         raise UserError("--concept goes without --prompt-weights, which makes other tokens of a prompt")
-    if args.concept and args.concept_strength is None:
-        args.concept_strength = 0.3
+    return 0.3 if concept and strength is None else strength
 
 
 def device_and_dtype(name: str, dtype: str) -> tuple[torch.device, torch.dtype]:

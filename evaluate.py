@@ -43,6 +43,7 @@ from evaluation.judges import (
     load_judge,
     load_spread,
     measure,
+    read_by,
 )
 from evaluation.report import page, read_log
 from evaluation.sides import (
@@ -100,7 +101,8 @@ def parse_args():
     cli.add_concept_options(parser)
     cli.add_drawing_options(parser, SAMPLERS)
     args = parser.parse_args()
-    cli.check_concept_options(args)
+    args.concept_strength = cli.concept_strength(
+        args.concept, args.concept_image, args.concept_strength, args.prompt_weights)
     ways = [f"--{name}" for name in ("lora", "candidate", "compare") if getattr(args, name)]
     if args.preference_accuracy and ways not in ([], ["--lora"], ["--compare"]):
         raise UserError(f"{' and '.join(ways)}: with --preference-accuracy give --lora, --compare or none")
@@ -242,7 +244,9 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
         chunks = chunked(rows, args.batch_size)[part::parts]
         for side in to_draw:
             draw_side(side, load, drawing, out, chunks, args.batch_size, cli.progress)
-        left_out, unreadable = measure(out, names, chunks, picture, judges, f"{part}-of-{parts}", cli.progress)
+        left_out, unreadable = measure(
+            out, names, chunks, picture, judges, f"{part}-of-{parts}", cli.progress,
+            lambda name, side, row: read_by(name, folders[side], row))
         all_drawn = all((folders[name] / row["file"]).is_file() for name in names for row in rows)
         with in_turn(out):
             working = [name for name in judges if name not in left_out]

@@ -47,6 +47,7 @@ from sampling import (
     draw_best,
     draw_excited,
     draw_optimised,
+    draw_people,
     draw_pictures,
     draw_with_suffixes,
     picture_settings,
@@ -94,7 +95,8 @@ def parse_args():
     if args.lan and (not args.lora or SAMPLERS[args.sampler].stochastic):
         raise UserError("--lan needs --lora, and a sampler that draws no noise of its own (dpm++ or ddim)")
     check_way(args)
-    cli.check_concept_options(args)
+    args.concept_strength = cli.concept_strength(
+        args.concept, args.concept_image, args.concept_strength, args.prompt_weights)
     if args.concept and args.way:
         raise UserError(f"--concept goes without --{args.way.replace('_', '-')}")
     args.shown = [{"prompt": prompt} for prompt in args.prompt]
@@ -183,8 +185,11 @@ def draw_all(
                 yield batch[0], *way(batch[0]["prompt"], batch[0]["seed"])
                 continue
             prompts, seeds = [row["prompt"] for row in batch], [row["seed"] for row in batch]
-            people = list(map(person, batch)) if person else None
-            for row, (latent, image) in zip(batch, draw_pictures(pipeline, drawing, prompts, seeds, lan, people)):
+            if person:
+                pictures = draw_people(pipeline, drawing, prompts, seeds, list(map(person, batch)), lan)
+            else:
+                pictures = draw_pictures(pipeline, drawing, prompts, seeds, lan)
+            for row, (latent, image) in zip(batch, pictures):
                 yield row, {}, latent, image
 
     try:

@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from model.builtin import BUILT_IN, named
 from model.checkpoint import Pipeline
 from model.errors import UserError
 from model.files import digest_all, files_read, is_a, parse_object, read_json, read_lines, read_text, write_text
-from model.identity import Distance, load_identity
+from model.identity import Distance, FaceDistance, align, load_identity
 from model.lora import lora_disabled
 from model.preprocess import clip_preprocess, to_batch
 from model.scorers import load_scorer
@@ -59,22 +59,38 @@ def load_judge(name: str, device: torch.device) -> Judge:
 
 
 def judge_identity(distance: Distance) -> Judge:
-    """-> judge(images, the concept's pictures of each) -> minus the distance: higher is nearer, as of scorers."""
-    def judge(images: list[Image.Image], concepts: list[list[str]]) -> Tensor:
-        nearness = []
-        for files, some in groupby(zip(images, concepts, strict=True), key=lambda one: one[1]):
-            pictures = [open_picture(Path(file), keep_alpha=True).convert("RGB") for file in files]
+    """-> judge(images, of each its file and its concept's) -> minus the distance: higher is nearer, as of scorers. Of a
+    network of faces it is that of the faces that landmarks.jsonl tells of, beside the pictures."""
+    def face(image: Image.Image, file: Path) -> Image.Image:
+        points = read_landmarks(file.parent).get(file.name) if isinstance(distance, FaceDistance) else None
+        return align(image, points, distance.size) if points else image
+
+    def judge(images: list[Image.Image], told: list[tuple[Path, list[str]]]) -> Tensor:
+        faces, nearness = [face(image, file) for image, (file, _) in zip(images, told, strict=True)], []
+        for concept, some in groupby(zip(faces, told), key=lambda one: one[1][1]):
+            pictures = [face(open_picture(Path(file), keep_alpha=True).convert("RGB"), Path(file)) for file in concept]
             nearness.append(-distance([image for image, _ in some], pictures))
         return torch.cat(nearness)
     return judge
 
 
-def read_by(name: str, row: dict) -> str | list[str]:
-    """What a judge is told of a picture: its prompt, or, where a concept's placeholder stands in that, its caption; or
-    the concept's pictures."""
-    if name.startswith(IDENTITY) and "concept_images" not in row:
+@lru_cache(maxsize=64)
+def read_landmarks(folder: Path) -> dict[str, list]:
+    """A folder's landmarks.jsonl, as a detector of one's own wrote it: file -> five points, see `align`. {} where there
+    is none."""
+    path = folder / "landmarks.jsonl"
+    lines = read_lines(path, file=str, landmarks=list) if path.is_file() else []
+    return {line["file"]: line["landmarks"] for line in lines}
+
+
+def read_by(name: str, folder: Path, row: dict) -> str | tuple[Path, list[str]]:
+    """What a judge is told of a picture in `folder`: its prompt, or, where that has a concept's placeholder, its
+    caption; and who judges identity, its file and the concept's pictures."""
+    if not name.startswith(IDENTITY):
+        return row.get("caption", row["prompt"])
+    if "concept_images" not in row:
         raise UserError(f"{row['file']} was drawn without a concept, so that it has no one to resemble")
-    return row["concept_images"] if name.startswith(IDENTITY) else row.get("caption", row["prompt"])
+    return folder / row["file"], row["concept_images"]
 
 
 def judge_colours(images: list[Image.Image], prompts: list[str]) -> list[dict[str, float]]:
@@ -179,9 +195,11 @@ class Changed(UserError):
 def measure(
     out: Path, sides: list[str], chunks: list[list[dict]], picture: Callable[[str, dict], Image.Image],
     judges: dict[str, Callable[[], Judge]], job: str, progress: Callable,
+    told: Callable[[str, str, dict], object] = lambda name, side, row: row["prompt"],
 ) -> tuple[dict[str, str], set[str]]:
     """Asks every judge about every picture that it has not judged yet, and notes the answers, a chunk at a time, in
-    OUT/partial/. -> the judges that are left out, each with the reason; and messages on unreadable pictures."""
+    OUT/partial/. told(judge, side, row) is what it hears beside the picture. -> the judges that are left out, each with
+    the reason; and messages on unreadable pictures."""
     left_out: dict[str, str] = {}
     unreadable: set[str] = set()
     answered = {side: read_scores(out, side) for side in sides}
@@ -203,7 +221,7 @@ def measure(
                         rows.append(row)
                     except UserError as error:
                         unreadable.add(str(error))
-                answers = judge(images, [read_by(name, row) for row in rows]) if rows else []
+                answers = judge(images, [told(name, side, row) for row in rows]) if rows else []
                 answers = answers.tolist() if isinstance(answers, Tensor) else answers
                 for row, answer in zip(rows, answers, strict=True):
                     if isinstance(answer, float) and not math.isfinite(answer):

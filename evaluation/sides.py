@@ -19,7 +19,7 @@ from model.errors import UserError
 from model.files import digest_all, files_read
 from model.lora import split_lora
 from pictures import parameters, read_parameters, write_png
-from sampling import SAMPLERS, Drawing, draw_pictures, picture_settings
+from sampling import SAMPLERS, Drawing, draw_people, draw_pictures, picture_settings
 
 LIKE = ("Steps", "Sampler", "CFG scale", "Clip skip", "Prompt weights", "Negative prompt")     # A1111's names
 
@@ -165,7 +165,9 @@ def draw_side(
 
     def drawn(batch: list[dict]) -> Iterator[tuple[Tensor, Image.Image]]:
         prompts, seeds = [row["prompt"] for row in batch], [row["seed"] for row in batch]
-        return draw_pictures(pipeline, drawing, prompts, seeds, side.lan, list(map(person, batch)) if person else None)
+        if person:
+            return draw_people(pipeline, drawing, prompts, seeds, list(map(person, batch)), side.lan)
+        return draw_pictures(pipeline, drawing, prompts, seeds, side.lan)
 
     pictures = ((row, image) for batch in batches for row, (_, image) in zip(batch, drawn(batch), strict=True))
     for row, image in progress(pictures, sum(map(len, batches)), f"drawing {side.name}"):

@@ -3,7 +3,7 @@ adapters beside a frozen U-Net, which stays as it is, so that a LoRA that was tr
 
     concept = load_concept("concept.safetensors", pipeline)
     person = concept.look([open_picture(path, keep_alpha=True), ...])
-    draw_pictures(pipeline, drawing, ["a photo of a sks person on a beach"], seeds=[0], people=[person])
+    draw_people(pipeline, drawing, ["a photo of a sks person on a beach"], seeds=[0], people=[person])
 
     CLIP's image tower, frozen -> its pooled state -> `global_proj`, the mean over the pictures -> in the text features
                                                        in place of the placeholder's
@@ -17,10 +17,12 @@ of the authors is public: what their paper leaves open is decided here, and docs
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -45,7 +47,7 @@ GREY = tuple(round(255 * mean) for mean in MEAN)               # what CLIP sees 
 # The trained part
 
 class GatedSelfAttention(nn.Module):
-    """y + strength * tanh(gamma) * S([y, patches]), of which the places of y are kept: GLIGEN's, with gamma 0 at the
+    """tanh(gamma) * S([y, patches]), of which the places of y are kept, to be added to y: GLIGEN's, with gamma 0 at the
     start, when it changes nothing."""
 
     def __init__(self, dim: int, patch_dim: int, heads: int):
@@ -55,12 +57,12 @@ class GatedSelfAttention(nn.Module):
         self.attn = Attention(dim, dim, heads)
         self.gamma = nn.Parameter(torch.zeros(()))
 
-    def forward(self, y: Tensor, patches: Tensor, strength: Tensor) -> Tensor:
-        """y (B, N, dim), patches (B, P, C), strength (B,) -> (B, N, dim)."""
+    def forward(self, y: Tensor, patches: Tensor) -> Tensor:
+        """y (B, N, dim), patches (B, P, C) -> (B, N, dim)."""
         with torch.autocast(y.device.type, y.dtype, enabled=y.dtype.itemsize < 4):               # float32 over half
             both = self.norm(torch.cat([y, self.proj(patches)], dim=1))                          # (B, N + P, dim)
             seen = self.attn(both[:, :y.shape[1]], both)       # only the places of y ask; all are asked
-        return y + ((strength * self.gamma.tanh())[:, None, None] * seen).to(y.dtype)
+        return (self.gamma.tanh() * seen).to(y.dtype)
 
 
 class AdaptedBlock(TransformerBlock):
@@ -84,19 +86,28 @@ class Concept(nn.Module):
         self.global_proj = nn.Linear(vision_dim, context_dim)
         self.patch_proj = nn.Linear(vision_dim, context_dim)
         self.adapters = nn.ModuleList(GatedSelfAttention(dim, context_dim, heads) for dim in dims)
-        self.shown: tuple[Tensor, Tensor] | None = None        # patches (B, P, C) and strength (B,) of the rows
+        self.shown: tuple[Tensor, float] | None = None         # patches (B, P, C), and the strength
 
     def inject(self, unet: UNet) -> None:
         """Puts each adapter into its block of the U-Net, where it acts within `showing`."""
         for block, adapter in zip(transformer_blocks(unet), self.adapters, strict=True):
-            def adapt(x: Tensor, adapter: GatedSelfAttention = adapter) -> Tensor:
-                return x if self.shown is None else adapter(x, *self.shown)
             block.__class__ = AdaptedBlock
-            block.adapters = (adapt,)
+            block.adapters = (partial(self.adapt, adapter),)
+
+    def adapt(self, adapter: GatedSelfAttention, x: Tensor) -> Tensor:
+        """Of the rows of x the last, as many as there are patches: those before are the unconditional half of guidance,
+        which thus leads towards the person, too."""
+        if self.shown is None:
+            return x
+        patches, strength = self.shown
+        rest = len(x) - len(patches)
+        # Added to all of x, with zeros, for a sum keeps its layout in memory, by which the next kernels round.
+        return x + F.pad(strength * adapter(x[rest:], patches), (0, 0, 0, 0, rest, 0))
 
     @contextlib.contextmanager
-    def showing(self, patches: Tensor, strength: Tensor) -> Iterator[None]:
-        """Within the block the U-Net sees patches (B, P, C), a row each, with strength (B,)."""
+    def showing(self, patches: Tensor, strength: float = 1.0) -> Iterator[None]:
+        """Within the block the U-Net sees patches (B, P, C). A backward pass that computes its blocks again is to be in
+        it as well."""
         self.shown = patches, strength
         try:
             yield
@@ -164,16 +175,9 @@ class ConceptModel:
         """What a scorer reads in place of a prompt: "a photo of a person" for "a photo of a sks person"."""
         return " ".join(word for word in prompt.split() if word != self.placeholder)
 
-    def shown_to(self, unet: Callable, patches: Tensor) -> Callable:
-        """`unet`(x_t, t, context) with patches (B, P, C): of the rows the last B see them. Those before are the
-        unconditional ones of guidance, which therefore leads towards the person, too."""
-        def call(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-            copies = len(x_t) // len(patches)
-            strength = torch.zeros(copies, len(patches), device=patches.device)
-            strength[-1] = self.strength
-            with self.concept.showing(patches.repeat(copies, 1, 1), strength.flatten()):
-                return unet(x_t, t, context)
-        return call
+    def showing(self, patches: Tensor) -> contextlib.AbstractContextManager:
+        """Within the block the U-Net sees patches (B, P, C)."""
+        return self.concept.showing(patches, self.strength)
 
 
 def cut_out(picture: Image.Image, where: str = "a picture of the concept") -> Image.Image:

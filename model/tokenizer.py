@@ -131,8 +131,7 @@ class Tokenizer:
         return self.core.encode(text, add_special_tokens=False).ids
 
     def find(self, words: str, text: str) -> list[int]:
-        """The places of a word, or of several, among the text's tokens, each time it is there; what `encode` cuts off
-        is not."""
+        """Where a word, or several, stand among the tokens that `encode` keeps of a text."""
         ids, wanted = self.token_ids(text)[:self.max_length - 2], self.token_ids(words)
         starts = [i for i in range(len(ids)) if ids[i:i + len(wanted)] == wanted]
         return [i + j for i in starts for j in range(len(wanted))]

@@ -79,12 +79,13 @@ def write_subjects(out: Path, name: str, count: int, pictures: int) -> None:
 def main() -> None:
     parser = cli.Parser(description=__doc__, formatter_class=cli.Help)
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--count", type=cli.whole(1), default=4000, help="pictures to train on")
+    parser.add_argument("--count", type=cli.whole(0), default=3000, help="pictures to train on")
     parser.add_argument("--people", type=cli.whole(1, 200), default=200, help="in test/, and in validation/")
     parser.add_argument("--pictures", type=cli.whole(1), default=2, help="of each of these")
     args = parser.parse_args()
     out = Path(args.out)
-    write_training(out / "train", args.count)
+    if args.count:
+        write_training(out / "train", args.count)
     for name in ("test", "validation"):
         write_subjects(out / name, name, args.people, args.pictures)
     print(f"{args.count} pictures in {out / 'train'}; {args.people} people in {out / 'test'} and {out / 'validation'}")

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -25,7 +25,6 @@ from .samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from model.checkpoint import Pipeline
-    from model.concept import Person
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,12 @@ class Drawing:
 
 def picture_settings(pipeline: Pipeline, drawing: Drawing, seed: int, lan: bool = False) -> dict[str, object]:
     """What A1111 writes below a picture's prompt; keys at their defaults are left out, as it does."""
-    vae = {"VAE": Path(pipeline.vae_name).name} if pipeline.vae_name else {}
-    concept = {"Concept strength": f"{pipeline.concept.strength:g}"} if pipeline.concept else {}
+    more = {"VAE": Path(pipeline.vae_name).name} if pipeline.vae_name else {}
     loras = " ".join(Path(spec).name for spec in pipeline.loras) + (" LAN" if lan else "")
+    more |= {"LoRA": loras} if loras else {}
+    more |= {"Concept strength": f"{pipeline.concept.strength:g}"} if pipeline.concept else {}
     return {**drawing.settings(), "Seed": seed, "Size": f"{drawing.width}x{drawing.height}",
-            "Model": Path(pipeline.name).name.removesuffix(".safetensors"), **vae, **({"LoRA": loras} if loras else {}),
-            **concept}
+            "Model": Path(pipeline.name).name.removesuffix(".safetensors"), **more}
 
 
 def initial_noise(seeds: list[int], height: int, width: int) -> tuple[Tensor, list[torch.Generator]]:
@@ -87,10 +86,9 @@ def initial_noise(seeds: list[int], height: int, width: int) -> tuple[Tensor, li
 @torch.no_grad()
 def sample_latents(
     pipeline: Pipeline, drawing: Drawing, context: Tensor, context_uncond: Tensor, seeds: list[int], lan: bool = False,
-    patches: Tensor | None = None,
 ) -> Tensor:
     """One batch: contexts (B, M, D) and B seeds -> scaled latents (B, 4, height/8, width/8), float32. With `lan` the
-    U-Net's LoRA is held to its base's colours (Eq. 7); with `patches` (B, P, C) its concept sees B people."""
+    U-Net's LoRA is held to its base's colours (Eq. 7)."""
     scheduler, alphas_cumprod = pipeline.configs["scheduler"], pipeline.alphas_cumprod
     x, generators = initial_noise(
         seeds, drawing.height // pipeline.vae.downscale, drawing.width // pipeline.vae.downscale)
@@ -102,12 +100,9 @@ def sample_latents(
     def sample(eps_fn: Callable, x: Tensor, after_step: Callable | None = None) -> Tensor:
         return sampler.sample(eps_fn, x, alphas_cumprod, drawing.steps, scheduler, after_step=after_step, **noise)
 
-    unet, base_unet = pipeline.unet, pipeline.base_unet
-    if patches is not None:
-        unet, base_unet = (pipeline.concept.shown_to(one, patches) for one in (unet, base_unet))
-    eps_fn = guided_eps(unet, context, context_uncond, drawing.guidance, v_schedule)
+    eps_fn = guided_eps(pipeline.unet, context, context_uncond, drawing.guidance, v_schedule)
     if lan:
-        eps_fn_ref = guided_eps(base_unet, context, context_uncond, drawing.guidance, v_schedule)
+        eps_fn_ref = guided_eps(pipeline.base_unet, context, context_uncond, drawing.guidance, v_schedule)
         return sample_lan(sample, eps_fn, eps_fn_ref, x)
     return sample(eps_fn, x)
 
@@ -137,25 +132,15 @@ def to_picture(pipeline: Pipeline, latent: Tensor, prompt: str, seed: int) -> Im
 
 def draw_pictures(
     pipeline: Pipeline, drawing: Drawing, prompts: list[str], seeds: list[int], lan: bool = False,
-    people: Sequence[Person] | None = None,
 ) -> Iterator[tuple[Tensor, Image.Image]]:
     """One batch: prompts and as many seeds -> scaled latents (4, h, w) and pictures. Each prompt is encoded together
-    with the negative one, equally long, and apart from the others. With `people`, one a prompt, the pipeline's concept
-    draws them at its placeholder."""
+    with the negative one, equally long, and apart from the others."""
     contexts = {prompt: drawing.encode([drawing.negative_prompt, prompt], pipeline)              # (2, M, D) each
                 for prompt in dict.fromkeys(prompts)}
-
-    def shape(one: tuple) -> tuple:
-        """A batch shares one context length, M, in which only a1111's long prompts differ, and as many patches."""
-        return contexts[one[0]].shape[1], one[2] and len(one[2].patches)
-
-    for _, group in groupby(zip(prompts, seeds, people or [None] * len(prompts), strict=True), key=shape):
-        some, patches = list(group), None
-        uncond, cond = torch.stack([contexts[prompt] for prompt, *_ in some], dim=1)             # (B, M, D) each
-        if people:
-            cond = torch.stack([pipeline.concept.say(context, prompt, person.feature, pipeline.tokenizer)
-                                for context, (prompt, _, person) in zip(cond, some)])
-            patches = torch.stack([person.patches for *_, person in some])                       # (B, P, C)
-        latents = sample_latents(pipeline, drawing, cond, uncond, [seed for _, seed, _ in some], lan, patches)
-        for latent, (prompt, seed, _) in zip(latents, some, strict=True):
+    # A batch shares one context length, M; only a1111's long prompts differ in it.
+    for _, some in groupby(zip(prompts, seeds, strict=True), key=lambda one: contexts[one[0]].shape[1]):
+        some = list(some)
+        uncond, cond = torch.stack([contexts[prompt] for prompt, _ in some], dim=1)              # (B, M, D) each
+        latents = sample_latents(pipeline, drawing, cond, uncond, [seed for _, seed in some], lan)
+        for latent, (prompt, seed) in zip(latents, some, strict=True):
             yield latent, to_picture(pipeline, latent, prompt, seed)

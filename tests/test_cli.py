@@ -15,8 +15,8 @@ from model.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = (
-    "build_dataset.py", "train.py", "train_online.py", "train_scorer.py", "generate.py", "evaluate.py", "score.py",
-    "study.py", "rounds.py")
+    "build_dataset.py", "train.py", "train_online.py", "train_scorer.py", "train_concept.py", "generate.py",
+    "evaluate.py", "score.py", "study.py", "rounds.py")
 
 
 @pytest.mark.parametrize("kind, taken, refused", [

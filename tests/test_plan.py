@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = (
-    "train", "train_online", "train_scorer", "rounds", "build_dataset", "generate", "evaluate", "score", "study")
+    "train", "train_online", "train_scorer", "train_concept", "rounds", "build_dataset", "generate", "evaluate",
+    "score", "study")
 MAY_IMPORT = {             # besides its own files; from the ground up
     "losses": (), "model": ("sampling.schedule",), "sampling": ("model.errors",),
     "pictures": ("model.errors", "model.files"), "cli": ("model.errors", "model.files"),

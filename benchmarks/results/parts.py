@@ -34,7 +34,10 @@ TRAINING = "--dtype bfloat16"
 STEPS, NUM_IMAGES = 10, 2                      # of the sampler, and pictures a prompt
 DRAWING = f"--steps {STEPS} --dtype bfloat16"
 SCORERS = {"scorer": "paper-people", "judge": "judge", "right": "judge-right"}
-MORE_SCORERS = {"clean": "judge-clean", "matches": "judge-matches"}      # of validation rows
+MORE_SCORERS = {"clean": "judge-clean", "matches": "judge-matches"}      # of validation rows, and of people's
+# People who are given by pictures: what they are drawn by, and who says whether they are the same.
+CONCEPT = "--concept paper_people/concept.safetensors --concept-strength 1"
+IDENTITY = "identity:paper-people"
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class Row:
     lan: bool = False
     guidance: float | None = None              # to draw with, where it is not the others'
     validation: bool = False                   # judged on the prompts that settings are chosen on, and not the test's
+    people: bool = False                       # of people who are given by pictures, both sides
 
 
 # The data
@@ -163,6 +167,13 @@ def base_part(scale: Scale, validation: bool = False) -> Part:
                 f"--limit {limit} --num-images {NUM_IMAGES} {DRAWING}")
 
 
+def people_parts(scale: Scale) -> tuple[Part, Part]:
+    """The prompts with pictures of their people, and what the model draws of these as it is."""
+    people = part("people", f"-m paper_people.concept_pictures --count 0 --people {scale.test_prompts}")
+    return people, part("base-people", f"generate.py --prompts DIR/people/test/subjects.jsonl {CONCEPT} "
+                        f"--num-images {NUM_IMAGES} {DRAWING}")
+
+
 def shared_parts(scale: Scale) -> list[Part]:
     """What many rows begin with."""
     return [pool_part(scale), base_part(scale), base_part(scale, validation=True)]
@@ -191,17 +202,21 @@ def parts_of(row: Row, seed: int, scale: Scale) -> list[Part]:
         parts = list(dict.fromkeys(one for data in row.training.data for one in data.parts))
         parts.append(training_part(row.training, seed, scale))
         lora = f"DIR/{parts[-1].name}/lora.safetensors" + (f":{row.weight:g}" if row.weight != 1 else "")
+    scorers = [*SCORERS.values(), *(MORE_SCORERS.values() if row.validation or row.people else ())]
+    if row.people:
+        people, base = people_parts(scale)
+        parts, scorers = [people, *parts], [*scorers, IDENTITY]
     parts.insert(1 if len(parts) > 2 else 0, base)
-    scorers = ",".join([*SCORERS.values(), *(MORE_SCORERS.values() if row.validation else ())])
     if row.guidance is None:
         candidate = f"--compare {row.name}={lora}{'+lan' if row.lan else ''} --num-images {NUM_IMAGES} {DRAWING}"
+        candidate += f" {CONCEPT}" if row.people else ""
     else:                                      # drawn otherwise than the base: before the two meet
         drawing = base.command.removesuffix(f" --out DIR/{base.name}") + f" --guidance {row.guidance:g}"
         drawing, name = (f"{drawing} --lora {lora}", f"{row.name}-{seed}") if lora else (drawing, row.name)
         parts.append(part(f"drawn/{name}", drawing))
         candidate = f"--candidate DIR/{parts[-1].name}"
     return [*parts, part(f"evaluations/{row.name}-{seed}",
-                         f"evaluate.py --baseline DIR/{base.name} {candidate} --scorers {scorers}")]
+                         f"evaluate.py --baseline DIR/{base.name} {candidate} --scorers {','.join(scorers)}")]
 
 
 def settings_digest(parts: list[Part]) -> str:

@@ -13,7 +13,7 @@ from numpy import ndarray
 
 RESAMPLES = 2000
 COLUMNS = ("scorer_won", "scorer_lost", "judge_won", "judge_lost", "agreed", "both", "right", "clean", "matches",
-           "pictures", "red", "green", "blue", "diversity", "prompts")
+           "pictures", "red", "green", "blue", "diversity", "identity", "base_identity", "prompts")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ FIGURES = {
     "colour": Figure("RGB shift, of 255", 2, lambda sums: np.sqrt(
         sum((sums[name] / sums["prompts"]) ** 2 for name in ("red", "green", "blue")))),
     "diversity": Figure("diversity", 4, lambda sums: sums["diversity"] / sums["prompts"]),
+    "identity": Figure("identity distance", 4, lambda sums: sums["identity"] / sums["prompts"]),
+    "identity_change": Figure("its change", 4, lambda sums: (
+        sums["identity"] - sums["base_identity"]) / sums["prompts"]),
 }
 
 
@@ -64,7 +67,8 @@ def outcomes(run: Mapping) -> ndarray:
     columns += [count(both, "="), count(both, "=/")]
     columns += [count(run.get(name, "0" * len(run["right"])), "1") for name in ("right", "clean", "matches")]
     columns += [[len(run["right"]) / prompts] * prompts, *zip(*run["rgb"])]
-    return np.array([*columns, run["diversity"], [1] * prompts], dtype=float).T
+    columns += [run["diversity"], *(run.get(name, [0] * prompts) for name in ("identity", "base_identity"))]
+    return np.array([*columns, [1] * prompts], dtype=float).T
 
 
 @cache

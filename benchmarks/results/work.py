@@ -31,6 +31,7 @@ from model.files import digest_of, is_a, read_json, read_lines, read_text, write
 
 from .experiments import Measure, measure_parts
 from .parts import (
+    IDENTITY,
     MORE_SCORERS,
     NUM_IMAGES,
     SCORERS,
@@ -167,6 +168,8 @@ def read_row(path: Path) -> dict:
         is_a(levels, list) and len(levels) == 3 and numbers(levels) for levels in row["rgb"])
     shift, megabytes = row["colour_shift"], row.get("megabytes")
     whole = whole and numbers([*row["diversity"], row["unet_rows"], 0.0 if megabytes is None else megabytes])
+    for name in ("identity", "base_identity"):
+        whole = whole and len(row.get(name, row["diversity"])) == prompts and numbers(row.get(name, []))
     whole = whole and all(key in shift and (shift[key] is None or numbers([shift[key]]))
                           for key in (*HSV, "hue_degrees"))
     for point in row.get("course", []):
@@ -201,8 +204,8 @@ def commit() -> str:
 def read_outcomes(folder: Path, row: Row) -> dict:
     """What evaluate.py left of a row -> the picture by picture part of its file."""
     name = row.name if row.guidance is None else "candidate"
-    yes_or_no = {"right": SCORERS["right"], **(MORE_SCORERS if row.validation else {})}
-    scorers = {SCORERS["scorer"], SCORERS["judge"], *yes_or_no.values()}
+    yes_or_no = {"right": SCORERS["right"], **(MORE_SCORERS if row.validation or row.people else {})}
+    scorers = {SCORERS["scorer"], SCORERS["judge"], *yes_or_no.values(), *[IDENTITY] * row.people}
     keys = dict.fromkeys(scorers, float) | {"file": str, "diversity": float, "colours": dict}
     sides = [read_lines(folder / f"scores-{side}.jsonl", **keys) for side in ("baseline", name)]
     if [line["file"] for line in sides[0]] != [line["file"] for line in sides[1]] or len(sides[0]) % NUM_IMAGES:
@@ -225,6 +228,9 @@ def read_outcomes(folder: Path, row: Row) -> dict:
 
     said = {before + key: "".join(str(int(line[scorer])) for line in side) for key, scorer in yes_or_no.items()
             for before, side in (("", candidate), ("base_", base))}
+    if row.people:
+        said |= {before + "identity": [round(-mean(side[i:i + NUM_IMAGES], IDENTITY), 5) for i in starts]
+                 for before, side in (("", candidate), ("base_", base))}
     report = read_json(folder / "report.json", colour_shift=dict)
     return {
         "scorer": results(SCORERS["scorer"]), "judge": results(SCORERS["judge"]), **said,
