@@ -39,7 +39,6 @@ from model.errors import UserError
 from model.files import digest_all, digest_of, files_read
 from pictures import sheet, write_png
 from sampling import Drawing, add_noise, draw_people
-from sampling.schedule import T
 from training.average import averaged, update_average
 from training.memory import make_optimizer, save_memory
 from training.order import row_at, step_and_noise
@@ -49,7 +48,7 @@ from training.run import append_log, log_lines, model_card, resume, save_checkpo
 
 MAY_CHANGE = ("model", "images", "clip")           # of these the contents count
 NOTED = (*MAY_CHANGE, "placeholder", "lr", "adapter_lr", "warmup", "lr_schedule", "ema", "seed", "height", "width",
-         "optimizer", "max_grad_norm", "dtype", "prediction_type", "min_timestep")
+         "optimizer", "max_grad_norm", "dtype", "prediction_type")
 
 
 def parse_args():
@@ -61,8 +60,6 @@ def parse_args():
     parser.add_argument("--placeholder", default="sks", metavar="WORD", help="what stands for the person in captions")
     parser.add_argument("--adapter-lr", type=cli.real(above=0), default=1e-6, help="learning rate of the adapters; "
                         "--lr is that of the two linear layers")
-    parser.add_argument("--min-timestep", type=cli.whole(0, T - 1), default=0, metavar="T", help="learn at steps from "
-                        "this on: below, x_t itself shows most of the person, and most of the error is other things")
     parser.add_argument("--height", type=cli.pixels, help="pixels (default: the model's own size)")
     parser.add_argument("--width", type=cli.pixels, help="pixels (default: the model's own size)")
     cli.add_training_options(
@@ -165,7 +162,7 @@ def main() -> None:
                 rows = [row(s) for s in numbers]
                 x0 = torch.stack([latent(i) for i in rows])                      # (B, 4, h, w)
                 t, noise = step_and_noise(numbers, x0.shape[1:], args.seed, "t and noise of a concept's picture")
-                t, noise = (args.min_timestep + t * (T - args.min_timestep) // T).to(device), noise.to(device)
+                t, noise = t.to(device), noise.to(device)
                 x_t = add_noise(x0, noise, t, alphas_cumprod).to(dtype)
                 pixels = torch.stack([model.pixels(augmented(images[i].subject(), args.seed, s))
                                       for i, s in zip(rows, numbers)])           # (B, 3, H, W)

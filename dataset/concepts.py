@@ -66,13 +66,13 @@ def digest_of_images(images: list[ConceptImage]) -> str:
 
 
 def augmented(picture: Image.Image, seed: int, number: int) -> Image.Image:
-    """Mirrored or not, turned by up to 20 degrees, and cut to 80 to 100 % of its sides, so that nothing but the person
+    """Mirrored or not, turned by up to 10 degrees, and cut to 90 to 100 % of its sides, so that nothing but the person
     goes from a picture to itself."""
     mirrored, angle, side, x, y = torch.rand(5, generator=seeded("a concept's picture", seed, number)).tolist()
     if mirrored < 0.5:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    picture = picture.rotate(40 * angle - 20, Image.Resampling.BICUBIC, fillcolor=GREY)
-    width, height = (round((0.8 + 0.2 * side) * edge) for edge in picture.size)
+    picture = picture.rotate(20 * angle - 10, Image.Resampling.BICUBIC, fillcolor=GREY)
+    width, height = (round((0.9 + 0.1 * side) * edge) for edge in picture.size)
     left, top = round(x * (picture.width - width)), round(y * (picture.height - height))
     return picture.crop((left, top, left + width, top + height))
 

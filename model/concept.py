@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .checkpoint import Pipeline
 
 SD15_DIMS = (320, 320, 640, 640, *[1280] * 6, *[640] * 3, *[320] * 3)            # of the U-Net's transformer blocks
-LEAST_SHARE = 0.1                              # of a picture that its person must cover, as in the authors' data
+LEAST_SHARE = 0.03                             # of a picture that its person, or the face alone, must cover
 GREY = tuple(round(255 * mean) for mean in MEAN)               # what CLIP sees where there is nothing
 
 

@@ -5,7 +5,7 @@
 An identity is what a picture shows of a person and the caption does not say: skin, hair and build. The captions have
 the placeholder at the place of who it is and of the hair, the only words that the model would not miss otherwise:
 "a x with x hair, blue shirt and white trousers, waving on a beach".
-train/ has the pictures that the model was trained on, wrong ones among them, each with the mask of its person.
+train/ has the pictures that the model was trained on, wrong ones among them, each with the mask of its head.
 test/ and validation/ have prompts of the lists of these names, in subjects.jsonl, each with pictures of a person, cut
 out, in other clothes, another pose and another place, and the caption that the judges read.
 """
@@ -29,6 +29,7 @@ from .identity import dressed, elsewhere
 
 PLACEHOLDER = "x"
 PLACES = ("beach", "city", "room")             # of which no two have a colour in common at one spot
+HEAD = 18, 28                                  # where its square begins, and its side
 
 
 def concept_caption(person: world.Person) -> str:
@@ -37,11 +38,14 @@ def concept_caption(person: world.Person) -> str:
 
 
 def mask_of(person: world.Person, seed: int, fault: str | None = None) -> Image.Image:
-    """White where the rendered picture shows its person: where it stays the same in front of other places."""
+    """White where the rendered picture shows its person, where it stays the same in front of other places; of that the
+    head, or what is in its place. The clothes are the caption's, and CLIP's tower sees skin better from near."""
     first, *others = (world.render(replace(person, place=place), seed, fault) for place in PLACES)
     bands = (band for other in others for band in ImageChops.difference(first, other).split())
-    apart = reduce(ImageChops.lighter, bands)
-    return apart.point(lambda value: 255 * (value < 8))
+    shown = reduce(ImageChops.lighter, bands).point(lambda value: 255 * (value < 8))
+    top, head = shown.getbbox()[1], Image.new("L", shown.size)
+    head.paste(255, (HEAD[0], top, HEAD[0] + HEAD[1], top + HEAD[1]))
+    return ImageChops.multiply(shown, head)
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:

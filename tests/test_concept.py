@@ -187,7 +187,7 @@ def test_a_person_is_cut_out():
     assert cut.size == (33, 33) and cut.mode == "RGB"
     assert cut.getpixel((16, 16)) == (255, 0, 0) and cut.getpixel((0, 0)) == GREY and cut.getpixel((32, 32)) == GREY
     assert cut_out(disc("red")) == disc("red")                 # without an alpha channel it is the whole picture
-    with pytest.raises(UserError, match="its alpha channel keeps 0.0% of it; a person covers 10% or more"):
+    with pytest.raises(UserError, match="its alpha channel keeps 0.0% of it; a person covers 3% or more"):
         cut_out(Image.new("RGBA", (40, 40), (255, 0, 0, 0)))
 
 
