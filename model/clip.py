@@ -135,11 +135,10 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(dim)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """The class token's and every patch's state, without the final norm."""
-        x = self.pre_layrnorm(self.embeddings(images))                           # (B, N, D)
+        x = self.pre_layrnorm(self.embeddings(images))                           # (B, N, D), the class token first
         for layer in self.encoder.layers:
             x = layer(x, causal=False)
-        return x
+        return x                                               # without the final norm, which is the class token's
 
     def forward(self, images: Tensor) -> Tensor:
         return self.post_layernorm(self.tokens(images)[:, 0])                    # (B, D)

@@ -67,8 +67,7 @@ class Tokenizer:
     def clip(cls) -> "Tokenizer":
         """CLIP's own vocabulary of 49,408, as in every SD1.5 and PickScore."""
         merges_txt = gzip.decompress((Path(__file__).parent / "clip_merges.txt.gz").read_bytes())
-        merges = parse_merges(merges_txt.decode())
-        return cls.from_merges(merges)
+        return cls.from_merges(parse_merges(merges_txt.decode()))
 
     @classmethod
     def from_merges(cls, merges: list[tuple[str, str]]) -> "Tokenizer":
@@ -133,8 +132,7 @@ class Tokenizer:
     def find(self, words: str, text: str) -> list[int]:
         """Where a word, or several, stand among the tokens that `encode` keeps of a text."""
         ids, wanted = self.token_ids(text)[:self.max_length - 2], self.token_ids(words)
-        starts = [i for i in range(len(ids)) if ids[i:i + len(wanted)] == wanted]
-        return [i + j for i in starts for j in range(len(wanted))]
+        return [i + j for i in range(len(ids)) if ids[i:i + len(wanted)] == wanted for j in range(len(wanted))]
 
     def encode(self, texts: list[str]) -> torch.Tensor:
         """texts -> ids (B, 77): start, at most 75 tokens, end, padding."""

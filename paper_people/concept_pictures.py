@@ -27,6 +27,7 @@ from pictures import write_png
 from . import world
 from .identity import dressed, elsewhere
 
+CONCEPT = Path(__file__).with_name("concept.safetensors")        # trained on train/; docs/methods.md has the command
 PLACEHOLDER = "x"
 PLACES = ("beach", "city", "room")             # of which no two have a colour in common at one spot
 HEAD = 18, 28                                  # where its square begins, and its side
@@ -64,6 +65,15 @@ def write_training(out: Path, count: int) -> None:
     write_lines(out / "metadata.jsonl", rows)
 
 
+def cut_person(person: dict, shown: world.Person, rng: random.Random) -> Image.Image:
+    """A picture of the person (see identity.py) in other clothes, another pose and another place than `shown`, with
+    the mask for its alpha channel."""
+    drawn, seed = dressed(person, elsewhere(shown, rng), rng)
+    picture = world.render(drawn, seed)
+    picture.putalpha(mask_of(drawn, seed))
+    return picture
+
+
 def write_subjects(out: Path, name: str, count: int, pictures: int) -> None:
     rng, rows = random.Random(f"people of {name}"), []
     captions = world.PROMPT_FILES[name].read_text().splitlines()[:count]
@@ -72,10 +82,7 @@ def write_subjects(out: Path, name: str, count: int, pictures: int) -> None:
         person = {"skin": rng.choice(world.SKIN), "hair": shown.hair, "build": shown.who}
         names = [f"{i:03d}-{k}.png" for k in range(pictures)]
         for file in names:
-            drawn, seed = dressed(person, elsewhere(shown, rng), rng)
-            picture = world.render(drawn, seed)
-            picture.putalpha(mask_of(drawn, seed))
-            write_png(out / file, picture)
+            write_png(out / file, cut_person(person, shown, rng))
         rows.append({"prompt": concept_caption(shown), "concept_images": names, "caption": caption})
     write_lines(out / "subjects.jsonl", rows)
 

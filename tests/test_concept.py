@@ -37,9 +37,11 @@ from model.concept import (
     transformer_blocks,
 )
 from model.errors import UserError
-from model.identity import FaceDistance
+from model.identity import FaceDistance, load_identity
 from model.lora import inject_lora, lora_layers, save_lora
 from model.unet import UNet
+from paper_people import concept_pictures, world
+from sampling import Drawing, draw_people, draw_pictures
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "a photo of a sks person on a beach"
@@ -473,3 +475,30 @@ def test_evaluate_judges_people(concept_file, tiny, tiny_scorer, program, draw, 
     capsys.readouterr()
     assert program(evaluate, *common, "--candidate", without, "--baseline", without, "--out", tmp_path / "no") == 2
     assert "was drawn without a concept" in capsys.readouterr().err
+
+
+# The one that ships
+
+def test_the_shipped_concept_draws_the_person(program, tmp_path):
+    """Of eight prompts, each with a person in other clothes and another place: what is drawn is nearer to the person
+    than without the concept, and nearer than to the next prompt's person; and the prompt does not tell who it is."""
+    people = tmp_path / "people"
+    assert program(concept_pictures, "--out", people, "--count", 2, "--people", 8) == 0
+    rows = [json.loads(line) for line in (people / "test" / "subjects.jsonl").read_text().splitlines()]
+    assert not {"man", "woman", *world.HAIR} & set(" ".join(row["prompt"].split(",")[0] for row in rows).split())
+    train, _ = read_concept_images(people / "train")
+    assert "x hair" in train.text and train.subject().size[0] < 40
+    pipeline = load_pipeline("paper-people")
+    pipeline.concept = load_concept(concept_pictures.CONCEPT, pipeline, 1.0)
+    files = [[people / "test" / name for name in row["concept_images"]] for row in rows]
+    persons = [pipeline.concept.look([open_picture(file, keep_alpha=True) for file in some]) for some in files]
+    drawing, prompts, seeds = Drawing(steps=8).for_model(pipeline), [row["prompt"] for row in rows], list(range(8))
+    with_person = [image for _, image in draw_people(pipeline, drawing, prompts, seeds, persons)]
+    without = [image for _, image in draw_pictures(pipeline, drawing, prompts, seeds)]
+    distance = load_identity("paper-people")
+    shown = [[open_picture(file, keep_alpha=True).convert("RGB") for file in some] for some in files]
+
+    def mean(pictures: list[Image.Image], concepts: list) -> float:
+        return sum(distance([picture], concept).item() for picture, concept in zip(pictures, concepts)) / 8
+    assert mean(with_person, shown) < mean(without, shown) - 0.1
+    assert mean(with_person, shown) < mean(with_person, shown[1:] + shown[:1]) - 0.1
