@@ -194,7 +194,8 @@ def main() -> None:
             signal.signal(number, lambda *_: stopping.append(True))
 
         def ids_of(step: int) -> list[str]:
-            return [data.lines[row_at(s, pairs, args.seed)]["id"] for s in range((step - 1) * per_step, step * per_step)]
+            first = (step - 1) * per_step
+            return [data.lines[row_at(first + i, pairs, args.seed)]["id"] for i in range(per_step)]
 
         buffer, then = [], time.perf_counter()
         for step in cli.progress(range(start + 1, args.steps + 1), args.steps - start, "training"):

@@ -138,7 +138,7 @@ class VisionTransformer(nn.Module):
         x = self.pre_layrnorm(self.embeddings(images))                           # (B, N, D), the class token first
         for layer in self.encoder.layers:
             x = layer(x, causal=False)
-        return x                                               # without the final norm, which is the class token's
+        return x                                                                 # without the final norm
 
     def forward(self, images: Tensor) -> Tensor:
         return self.post_layernorm(self.tokens(images)[:, 0])                    # (B, D)

@@ -171,6 +171,10 @@ class ConceptModel:
         at[self.places(prompt, tokenizer)] = True
         return torch.where(at, feature.to(context.dtype), context)
 
+    def settings(self) -> dict[str, str]:
+        """What a picture that is drawn with it says of itself."""
+        return {"Concept strength": f"{self.strength:g}"}
+
     def without_placeholder(self, prompt: str) -> str:
         """What a scorer reads in place of a prompt: "a photo of a person" for "a photo of a sks person"."""
         return " ".join(word for word in prompt.split() if word != self.placeholder)

@@ -70,8 +70,7 @@ def picture_settings(pipeline: Pipeline, drawing: Drawing, seed: int, lan: bool 
     """What A1111 writes below a picture's prompt; keys at their defaults are left out, as it does."""
     more = {"VAE": Path(pipeline.vae_name).name} if pipeline.vae_name else {}
     loras = " ".join(Path(spec).name for spec in pipeline.loras) + (" LAN" if lan else "")
-    more |= {"LoRA": loras} if loras else {}
-    more |= {"Concept strength": f"{pipeline.concept.strength:g}"} if pipeline.concept else {}
+    more |= ({"LoRA": loras} if loras else {}) | (pipeline.concept.settings() if pipeline.concept else {})
     return {**drawing.settings(), "Seed": seed, "Size": f"{drawing.width}x{drawing.height}",
             "Model": Path(pipeline.name).name.removesuffix(".safetensors"), **more}
 
