@@ -104,7 +104,7 @@ def main() -> None:
     def latent(i: int) -> Tensor:                          # (4, h, w)
         return to_latent(fit(images[i].load(), drawing.width, drawing.height), pipeline)
 
-    out = Path(args.out)
+    out, every = Path(args.out), list(range(len(images)))
     per_step = args.batch_size * args.grad_accum * world
     settings = {name: getattr(args, name) for name in NOTED} | {"pictures_per_step": per_step}
     settings |= {"steps": args.steps} if args.lr_schedule != "constant" else {}
@@ -150,7 +150,7 @@ def main() -> None:
             return range(first, first + args.batch_size)
 
         def row(s: int) -> int:
-            return row_at(s, list(range(len(images))), args.seed, "order of a concept's pictures")
+            return row_at(s, every, args.seed, "order of a concept's pictures")
 
         buffer, then = [], time.perf_counter()
         for step in cli.progress(range(start + 1, args.steps + 1), args.steps - start, "training"):

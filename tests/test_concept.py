@@ -268,6 +268,16 @@ def test_killed_and_resumed_is_the_run_that_was_not(options, program, tmp_path, 
     assert "4 steps on 5 pictures" in card and "| adapter_lr | 0.01 |" in card
 
 
+def test_less_memory_is_the_same_training(options, program, tmp_path):
+    """What the backward pass computes again sees the person, too."""
+    runs = {name: tmp_path / name for name in ("plain", "--gradient-checkpointing")}
+    for name, out in runs.items():
+        assert program(train_concept, *options, "--steps", 2, "--out", out, *([name] if name != "plain" else [])) == 0
+    plain, other = (load_file(out / "concept.safetensors") for out in runs.values())
+    for name in plain:
+        torch.testing.assert_close(plain[name], other[name], rtol=0, atol=1e-5)
+
+
 def test_sigterm_saves_first(options, program, tmp_path, monkeypatch):
     interrupted(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
     assert program(train_concept, *options, "--save-every", 50, "--steps", 3, "--out", tmp_path / "run") == 130

@@ -115,7 +115,8 @@ def model_card(model: str, method: str, learned: str, lora: bool, settings: dict
     """The head of a README.md fit for the Hub."""
     use = ('```python\npipe.load_lora_weights(FOLDER, weight_name="lora.safetensors")\n'
            "pipe.fuse_lora(lora_scale=0.5)\n```\n\n") if lora else ""
+    tags = ", ".join(["stable-diffusion", method, *["lora"] * lora])
     return (
-        f"---\nbase_model: {model}\nlibrary_name: diffusers\ntags: [stable-diffusion, {method}, lora]\n---\n\n"
+        f"---\nbase_model: {model}\nlibrary_name: diffusers\ntags: [{tags}]\n---\n\n"
         f"# {method} on {model}\n\n{learned}.\n\n{use}"
         "| setting | value |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in settings.items()))
