@@ -35,7 +35,7 @@ def main() -> None:
     for label, loras in (("without", []), ("with HG-DPO", [args.lora])):
         pipeline = load_pipeline("paper-people")
         pipeline.add_loras(loras)
-        pipeline.concept = load_concept(CONCEPT, pipeline)
+        pipeline.concept = load_concept(CONCEPT, pipeline, 0.3)
         drawing = Drawing(steps=10).for_model(pipeline)
         for k, pictures in enumerate(given):
             seeds, people = [4 * k + i for i in range(4)], [pipeline.concept.look(pictures)] * 4

@@ -499,7 +499,7 @@ def test_the_shipped_concept_draws_the_person(program, tmp_path):
     train, _ = read_concept_images(people / "train")
     assert "x hair" in train.text and train.subject().size[0] < 40
     pipeline = load_pipeline("paper-people")
-    pipeline.concept = load_concept(concept_pictures.CONCEPT, pipeline, 1.0)
+    pipeline.concept = load_concept(concept_pictures.CONCEPT, pipeline, 0.3)
     files = [[people / "test" / name for name in row["concept_images"]] for row in rows]
     persons = [pipeline.concept.look([open_picture(file, keep_alpha=True) for file in some]) for some in files]
     drawing, prompts, seeds = Drawing(steps=8).for_model(pipeline), [row["prompt"] for row in rows], list(range(8))

@@ -36,7 +36,7 @@ DRAWING = f"--steps {STEPS} --dtype bfloat16"
 SCORERS = {"scorer": "paper-people", "judge": "judge", "right": "judge-right"}
 MORE_SCORERS = {"clean": "judge-clean", "matches": "judge-matches"}      # of validation rows, and of people's
 # People who are given by pictures: what they are drawn by, and who says whether they are the same.
-CONCEPT = "--concept paper_people/concept.safetensors --concept-strength 1"
+CONCEPT = "--concept paper_people/concept.safetensors"
 IDENTITY = "identity:paper-people"
 
 
