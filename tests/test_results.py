@@ -44,11 +44,11 @@ def of(one: np.ndarray, figure: str = "judge") -> tuple[float, float, float]:
 
 def test_figures_by_hand():
     run = {"scorer": "wwtl", "judge": "tttt", "right": "1101", "rgb": [[3.0, 0, 0], [3.0, 0, 8.0]],
-           "diversity": [0.1, 0.3], "matches": "1100"}
+           "diversity": [0.1, 0.3], "matches": "1100", "identity": [0.2, 0.4], "base_identity": [0.1, 0.3]}
     values = {name: of(table([run, run | {"judge": "lwwl"}]), name)[0] for name in FIGURES}
     assert values == pytest.approx({
         "scorer": 200 / 3, "judge": 50, "gap": 200 / 3 - 50, "agree": 200 / 3, "right": 75, "clean": 0, "matches": 50,
-        "colour": 5, "diversity": 0.2})
+        "colour": 5, "diversity": 0.2, "identity": 0.3, "identity_change": 0.1})
 
 
 def test_the_slope_is_what_a_figure_rises_by_from_row_to_row():
@@ -235,7 +235,10 @@ def test_rows_of_the_full_scale():
     assert evaluations["weight50"].startswith(
         "evaluate.py --baseline DIR/base --compare weight50=DIR/runs/hg-dpo-1/lora.safetensors:0.5 --num-images 2")
     for name, row in rows.items():
-        assert ("base-validation" in evaluations[name]) == row.validation == ("judge-clean" in evaluations[name])
+        base = "base-validation" if row.validation else "base-people" if row.people else "base"
+        assert f"--baseline DIR/{base} " in evaluations[name]
+        assert ("judge-clean" in evaluations[name]) == (row.validation or row.people)
+        assert ("identity:" in evaluations[name]) == (" --concept " in evaluations[name]) == row.people
     assert set(experiments.LEADERBOARD) <= rows.keys()
 
 
