@@ -4,6 +4,7 @@
     python evaluate.py --compare dpo=a.safetensors,hg-dpo=b.safetensors,lan=a.safetensors+lan --run run --out table
     python evaluate.py --candidate tuned/ --baseline owner/name+old.safetensors:0.8 --prompts parti-people --out eval
     python evaluate.py --candidate drawn/ --baseline base/ --out eval              # folders that generate.py wrote
+    python evaluate.py --lora a.safetensors --concept FILE --prompts people.jsonl --scorers pickscore,identity:arcface
     python evaluate.py --preference-accuracy test.json --compare dpo=a.safetensors,ipo=b.safetensors --out judges
     torchrun --nproc-per-node 8 evaluate.py ...   or   --shard i/n in n jobs       # they share the folder, nothing else
 

@@ -5,12 +5,14 @@
     python generate.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts parti-people --num-images 4
     python generate.py --model majicmix.safetensors --prompts FILE.txt --height 1024 --width 704 --prompt-weights a1111
     python generate.py --prompt "a man with red hair, waving in a room" --best-of 8
+    python generate.py --model owner/name --prompt "a sks person on a beach" --concept FILE --concept-image me.png
 
 Writes OUT/00000.png ... (all pictures of the first prompt, then of the second, ...), each with its settings inside in
 the form that A1111 and others read; OUT/images.jsonl; OUT/sheet.png; with --save-latents OUT/latents.safetensors.
 A picture depends on its prompt, its seed and the settings alone: not on the batch, the device, or its neighbours.
 With --best-of N, --optimise-noise, --suffixes or --excite, ways to better pictures without training, images.jsonl has
 the score that was reached and those on the way, and what was changed; docs/methods.md has the equations and the costs.
+With --concept (see train_concept.py) it has the person's pictures, and a caption for scorers, without the placeholder.
 Stopped and started again with the same command, it goes on; OUT/generate.json knows what the folder was begun with.
 """
 
