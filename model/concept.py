@@ -15,6 +15,7 @@ of the authors is public: what their paper leaves open is decided here, and docs
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -177,7 +178,7 @@ class ConceptModel:
 
     def without_placeholder(self, prompt: str) -> str:
         """What a scorer reads in place of a prompt: "a photo of a person" for "a photo of a sks person"."""
-        return " ".join(word for word in prompt.split() if word != self.placeholder)
+        return re.sub(rf"\b{re.escape(self.placeholder)}\b\s*", "", prompt).strip()
 
     def showing(self, patches: Tensor) -> contextlib.AbstractContextManager:
         """Within the block the U-Net sees patches (B, P, C)."""

@@ -170,6 +170,7 @@ def test_the_placeholder_alone_is_replaced(pipeline, tiny_scorer):
     place = 1 + PROMPT.split().index("sks")                    # each of these words is a token of CLIP's
     assert torch.equal(said[place], feature)
     assert torch.equal(said[torch.arange(77) != place], context[torch.arange(77) != place])
+    assert model.without_placeholder("a sks person, sks, with skss hair") == "a person, , with skss hair"
     for prompt in ("a photo of a person", "a skss person", "very " * 80 + "sks"):
         with pytest.raises(UserError, match="no 'sks' among the words"):
             model.say(context, prompt, feature, pipeline.tokenizer)
