@@ -33,8 +33,8 @@ from .measure import Book, measure_pool, measure_samples, show_samples
 from .parts import Recipe, Run, make_clip, make_judge, make_scorer, make_text_encoder, make_unet, make_vae, save_array
 
 QUICK = Recipe(
-    pictures=260, triples=64, through_vae=16, tests=32, vae_steps=4, decoder_steps=4, clip_steps=4, unet_steps=4,
-    pose_steps=4, scorer_steps=4, judge_steps=4, samples=4, pool_prompts=2, pool=3)
+    pictures=260, triples=64, through_vae=16, tests=32, vae_steps=2, decoder_steps=2, clip_steps=2, unet_steps=2,
+    pose_steps=2, scorer_steps=2, judge_steps=2, samples=4, pool_prompts=2, pool=3)
 
 
 def seen_through_vae(run: Run, name: str, triples: dict[str, np.ndarray], vae: VAE, noise: float) -> dict:
