@@ -97,9 +97,10 @@ def main() -> None:
     out = Path(args.out)
     if args.count:
         write_training(out / "train", args.count)
+        print(f"{args.count} pictures in {out / 'train'}")
     for name in ("test", "validation"):
         write_subjects(out / name, name, args.people, args.pictures)
-    print(f"{args.count} pictures in {out / 'train'}; {args.people} people in {out / 'test'} and {out / 'validation'}")
+        print(f"{args.people} people in {out / name}")
 
 
 if __name__ == "__main__":
