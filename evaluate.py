@@ -228,7 +228,8 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
     names = [side.name for side in sides]
     folders = {side.name: side.folder(out) for side in sides}
     judges = {"colours": lambda: judge_colours}
-    judges |= {name: partial(load_judge, name, device) for name in args.scorers}
+    people = [(folders[name] / row["file"], row.get("concept_images")) for name in names for row in rows]
+    judges |= {name: partial(load_judge, name, device, people) for name in args.scorers}
     towers = [name for name in args.scorers if has_image_tower(name)]
     if towers and any(len(list(pictures)) > 1 for _, pictures in groupby(rows, key=lambda row: row["prompt"])):
         judges["diversity"] = partial(load_spread, towers, device)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.images import open_picture, read_listing
+from dataset.images import open_picture, read_captions
 from model.errors import UserError
 from model.files import read_text, write_text
 from model.scorers import load_scorer, reads_prompts
@@ -34,7 +34,7 @@ def list_pictures(folder: Path, prompts: str | None, promptless: bool = False) -
     files = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name != "sheet.png")
     listing = Path(prompts) if prompts else folder / "images.jsonl"
     if listing.is_file() and (prompts is None or listing.suffix == ".jsonl" and '"file"' in read_text(listing)):
-        listed = read_listing(listing)
+        listed = read_captions(listing)
         unlisted = sorted(set(files) - {row["file"] for row in listed})
         if unlisted:
             print(f"not in {listing}, and not scored: {len(unlisted)} pictures ({unlisted[0]}, ...)")

@@ -24,7 +24,8 @@ from .preferences import cleaned, find_picture
 
 @dataclass(frozen=True)
 class ConceptImage:
-    """A picture, its caption with the placeholder, and the mask of its person, white where it is, if there is one."""
+    """A picture, its caption with the placeholder, and the mask of its person, if there is one: white where it is,
+    black or transparent elsewhere."""
 
     text: str
     file: Path
@@ -37,7 +38,8 @@ class ConceptImage:
         """The picture's person, cut out by the mask; without one the whole picture."""
         picture = self.load()
         if self.mask is not None:
-            mask = open_picture(self.mask).convert("L")
+            mask = open_picture(self.mask, keep_alpha=True).convert("RGBA")
+            mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask).convert("L")
             if mask.size != picture.size:
                 raise UserError(f"{self.mask}: {mask.width}x{mask.height}, and its picture {self.file.name} is "
                                 f"{picture.width}x{picture.height}")

@@ -4,6 +4,7 @@ import io
 import math
 import warnings
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 import torch
@@ -93,6 +94,13 @@ def read_listing(path: Path, **more: type) -> list[dict]:
         raise UserError(f"{path}: no picture in it")
     return [{key: row[key] for key in ("file", "prompt", *more) if row.get(key) is not None}
             | {"prompt": row["prompt"].encode(errors="replace").decode()} for row in rows]      # half an emoji: ?
+
+
+def read_captions(path: Path) -> list[dict]:
+    """{file, prompt} as scorers and people read them: where a picture was drawn of a person, so that its prompt has a
+    concept's placeholder in it, its caption is its prompt."""
+    return [{"file": row["file"], "prompt": row.get("caption", row["prompt"])}
+            for row in read_listing(path, caption=(str, NoneType))]
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Callable
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -27,7 +27,17 @@ from losses.diffusion_dpo import squared_error
 from model.builtin import BUILT_IN, named
 from model.checkpoint import Pipeline
 from model.errors import UserError
-from model.files import digest_all, files_read, is_a, parse_object, read_json, read_lines, read_text, write_text
+from model.files import (
+    digest_all,
+    files_read,
+    is_a,
+    parse_object,
+    read_json,
+    read_lines,
+    read_text,
+    was_read,
+    write_text,
+)
 from model.identity import Distance, FaceDistance, align, load_identity
 from model.lora import lora_disabled
 from model.preprocess import clip_preprocess, to_batch
@@ -51,30 +61,41 @@ JUDGES: dict[str, Callable[[torch.device], Judge]] = {
 }
 
 
-def load_judge(name: str, device: torch.device) -> Judge:
-    """One of `JUDGES`, any scorer of model/scorers.py, or identity:NAME, any distance of model/identity.py."""
+def load_judge(name: str, device: torch.device, people: Sequence[tuple[Path, list[str] | None]] = ()) -> Judge:
+    """One of `JUDGES`, any scorer of model/scorers.py, or identity:NAME, any distance of model/identity.py, which
+    judges `people` alone: drawn pictures, and the pictures of their concepts."""
     if name.startswith(IDENTITY):
-        return judge_identity(load_identity(name.removeprefix(IDENTITY), device))
+        return judge_identity(load_identity(name.removeprefix(IDENTITY), device), people)
     return JUDGES[name](device) if name in JUDGES else load_scorer(name, device)
 
 
-def judge_identity(distance: Distance) -> Judge:
+def judge_identity(distance: Distance, people: Sequence[tuple[Path, list[str] | None]]) -> Judge:
     """-> judge(images, of each its file and its concept's) -> minus the distance: higher is nearer, as of scorers. Of a
     network of faces it is that of the faces that landmarks.jsonl tells of, beside the pictures."""
+    if not people:
+        raise UserError("an identity is judged by evaluate.py, of pictures that were drawn with a concept")
+    if strangers := [file.name for file, concept in people if not concept]:
+        raise UserError(f"{strangers[0]} was drawn without a concept, so that it has no one to resemble")
+    shown = {Path(file) for _, concept in people for file in concept}
+    if lost := [path for path in sorted(shown) if not was_read(path).is_file()]:
+        raise UserError(f"{lost[0]}: no such picture, which others were drawn from")
+    faces = isinstance(distance, FaceDistance)
+    folders = {file.parent for file in (*shown, *(file for file, _ in people))} if faces else set()
+    landmarks = {folder: read_landmarks(folder) for folder in sorted(folders)}
+
     def face(image: Image.Image, file: Path) -> Image.Image:
-        points = read_landmarks(file.parent).get(file.name) if isinstance(distance, FaceDistance) else None
+        points = landmarks[file.parent].get(file.name) if faces else None
         return align(image, points, distance.size) if points else image
 
     def judge(images: list[Image.Image], told: list[tuple[Path, list[str]]]) -> Tensor:
-        faces, nearness = [face(image, file) for image, (file, _) in zip(images, told, strict=True)], []
-        for concept, some in groupby(zip(faces, told), key=lambda one: one[1][1]):
+        drawn, nearness = [face(image, file) for image, (file, _) in zip(images, told, strict=True)], []
+        for concept, some in groupby(zip(drawn, told), key=lambda one: one[1][1]):
             pictures = [face(open_picture(Path(file), keep_alpha=True).convert("RGB"), Path(file)) for file in concept]
             nearness.append(-distance([image for image, _ in some], pictures))
         return torch.cat(nearness)
     return judge
 
 
-@lru_cache(maxsize=64)
 def read_landmarks(folder: Path) -> dict[str, list]:
     """A folder's landmarks.jsonl, as a detector of one's own wrote it: file -> five points, see `align`. {} where there
     is none."""
@@ -86,11 +107,9 @@ def read_landmarks(folder: Path) -> dict[str, list]:
 def read_by(name: str, folder: Path, row: dict) -> str | tuple[Path, list[str]]:
     """What a judge is told of a picture in `folder`: its prompt, or, where that has a concept's placeholder, its
     caption; and who judges identity, its file and the concept's pictures."""
-    if not name.startswith(IDENTITY):
-        return row.get("caption", row["prompt"])
-    if "concept_images" not in row:
-        raise UserError(f"{row['file']} was drawn without a concept, so that it has no one to resemble")
-    return folder / row["file"], row["concept_images"]
+    if name.startswith(IDENTITY):
+        return folder / row["file"], row["concept_images"]
+    return row.get("caption", row["prompt"])
 
 
 def judge_colours(images: list[Image.Image], prompts: list[str]) -> list[dict[str, float]]:
@@ -178,11 +197,12 @@ def is_answer(name: str, value: object) -> bool:
     return is_a(value, dict) and all(is_a(value.get(mean), float) for mean in (*HSV, *RGB, "hue_x", "hue_y"))
 
 
-def note_judge(out: Path, name: str, digest: str) -> None:
+def note_judge(out: Path, sides: list[str], name: str, digest: str) -> None:
     """Notes what a judge was read from; refuses one that has changed since it gave the answers that are there."""
     with in_turn(out):
         manifest = read_json(out / "evaluation.json", options=dict, inputs=dict, sides=dict, judges=dict)
-        if manifest["judges"].setdefault(name, digest) != digest:
+        before, manifest["judges"][name] = manifest["judges"].get(name, digest), digest
+        if before != digest and any(name in row for side in sides for row in read_scores(out, side).values()):
             raise Changed(f"{out}: {name} has changed since it gave the scores that are here; choose another --out")
         more = {key: manifest[key] for key in ("sides", "judges")}
         write_manifest(out / "evaluation.json", manifest["options"], manifest["inputs"], **more)
@@ -212,7 +232,7 @@ def measure(
         try:
             with files_read() as files:
                 judge = load()
-            note_judge(out, name, digest_all(files))
+            note_judge(out, sides, name, digest_all(files))
             for side, chunk in progress(pending, len(pending), name):
                 rows, images = [], []
                 for row in chunk:

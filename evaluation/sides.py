@@ -21,7 +21,8 @@ from model.lora import split_lora
 from pictures import parameters, read_parameters, write_png
 from sampling import SAMPLERS, Drawing, draw_people, draw_pictures, picture_settings
 
-LIKE = ("Steps", "Sampler", "CFG scale", "Clip skip", "Prompt weights", "Negative prompt")     # A1111's names
+LIKE = ("Steps", "Sampler", "CFG scale", "Clip skip", "Prompt weights", "Negative prompt",
+        "Concept strength")                    # A1111's names, and one of ours
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def unlike_settings(sides: list[Side], drawing: Drawing, rows: list[dict]) -> li
     Pictures tell how they were drawn (generate.py's and A1111's do); those that do not are not compared."""
     found: dict[str, dict[str, list[str]]] = {}
     for side in sides:
-        text = parameters("", drawing.negative_prompt, drawing.settings())
+        concept = {"Concept strength": f"{side.concept[1]:g}"} if side.concept else {}
+        text = parameters("", drawing.negative_prompt, drawing.settings() | concept)
         if side.drawn:
             text = open_picture(Path(side.model) / rows[0]["file"]).info.get("parameters")
         settings = read_parameters(text) if isinstance(text, str) else None

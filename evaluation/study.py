@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from dataset.images import open_picture, read_listing
+from dataset.images import open_picture, read_captions
 from model.errors import UserError
 from model.files import read_json, write_text
 
@@ -83,7 +83,7 @@ def read_study(folder: Path, names: list[str] | None) -> Study:
                         f"{', '.join(models)}")
     folders = [Side(name, models[name]).folder(folder) for name in names]
     pairs, sizes, digest = [], set(), hashlib.sha256(repr(names).encode())
-    for row in read_listing(folder / f"scores-{names[0]}.jsonl"):
+    for row in read_captions(folder / f"scores-{names[0]}.jsonl"):
         file, prompt = row["file"], row["prompt"]
         paths = [one / file for one in folders]
         sizes.update(open_picture(path).size for path in paths)

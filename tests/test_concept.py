@@ -20,10 +20,13 @@ from transformers import CLIPModel
 
 import evaluate
 import generate
+import score
 import train_concept
 from dataset.concepts import augmented, read_concept_images
+from dataset.folder import write_manifest
 from dataset.images import open_picture
-from evaluation.judges import judge_identity
+from evaluation.judges import judge_identity, note_judge
+from evaluation.study import read_study
 from model.checkpoint import load_pipeline
 from model.concept import (
     GREY,
@@ -37,6 +40,7 @@ from model.concept import (
     transformer_blocks,
 )
 from model.errors import UserError
+from model.files import files_read
 from model.identity import FaceDistance, load_identity
 from model.lora import inject_lora, lora_layers, save_lora
 from model.unet import UNet
@@ -352,6 +356,16 @@ def test_a_mask_of_another_size_is_named(images):
         other.subject()
 
 
+def test_what_is_transparent_in_a_mask_is_not_the_person(images, tmp_path):
+    """A mask that was cut out, white on nothing, is the mask of the white."""
+    one = read_concept_images(images)[0]
+    mask = Image.open(one.mask).convert("L")
+    white = Image.new("L", mask.size, 255)
+    Image.merge("RGBA", (white, white, white, mask)).save(tmp_path / "mask.png")
+    other = type(one)(one.text, one.file, tmp_path / "mask.png")
+    assert other.subject().tobytes() == one.subject().tobytes()
+
+
 # Drawing and judging
 
 def drawn(out: Path) -> list[np.ndarray]:
@@ -456,8 +470,23 @@ def test_faces_are_cut_out_by_their_landmarks(tmp_path):
         (tmp_path / name / "landmarks.jsonl").write_text(json.dumps({"file": "a.png", "landmarks": points}) + "\n")
     distance, concept = Sizes(), [str(tmp_path / "concept" / name) for name in ("a.png", "b.png")]
     files = [tmp_path / "drawn" / name for name in ("a.png", "b.png")]
-    nearness = judge_identity(distance)([open_picture(file) for file in files], [(file, concept) for file in files])
-    assert nearness.tolist() == [-0.25, -0.25] and distance.seen == [[(112, 112)] * 4]
+    people = [(file, concept) for file in files]
+    with files_read() as read:
+        judge = judge_identity(distance, people)
+    assert judge([open_picture(file) for file in files], people).tolist() == [-0.25, -0.25]
+    assert distance.seen == [[(112, 112)] * 4]
+    assert read == {*map(Path, concept), *(tmp_path / name / "landmarks.jsonl" for name in ("drawn", "concept"))}
+
+
+def test_who_has_said_nothing_yet_may_change(tmp_path):
+    """Landmarks that come after a first try, say; who has judged may not."""
+    write_manifest(tmp_path / "evaluation.json", {}, {}, sides={}, judges={})
+    for digest in ("without landmarks", "with them"):
+        note_judge(tmp_path, ["baseline"], "identity:arcface", digest)
+    (tmp_path / "scores-baseline.jsonl").write_text('{"file": "a.png", "identity:arcface": -0.5}\n')
+    note_judge(tmp_path, ["baseline"], "identity:arcface", "with them")
+    with pytest.raises(UserError, match="identity:arcface has changed since"):
+        note_judge(tmp_path, ["baseline"], "identity:arcface", "with others")
 
 
 def test_evaluate_judges_people(concept_file, tiny, tiny_scorer, program, draw, tmp_path, capsys):
@@ -482,8 +511,21 @@ def test_evaluate_judges_people(concept_file, tiny, tiny_scorer, program, draw, 
     with_person = draw("with", "--prompt", PROMPT, *concept)
     assert program(evaluate, *common, "--candidate", with_person, "--baseline", with_person, "--out",
                    tmp_path / "folders") == 0
-    without = draw("without", "--prompt", PROMPT)
+    assert program(score, "--images", with_person, "--scorers", f"{own}:told", "--out", tmp_path / "scores.jsonl") == 0
+    scored = json.loads((tmp_path / "scores.jsonl").read_text())
+    assert scored["prompt"] == "a photo of a person on a beach" and scored["scores"] == {f"{own}:told": 30}
+    pairs = read_study(tmp_path / "folders", None).pairs                         # whom people are asked about
+    assert [prompt for prompt, *_ in pairs] == ["a photo of a person on a beach"]
+
+    disc("blue", alpha=True).save(tmp_path / "red.png")
     capsys.readouterr()
+    again = ["--candidate", with_person, "--baseline", with_person, "--out", tmp_path / "folders"]
+    assert program(evaluate, *common, *again) == 2
+    assert "identity:paper-people has changed since" in capsys.readouterr().err
+    stronger = draw("stronger", "--prompt", PROMPT, *concept[:-1], 0.5)
+    without = draw("without", "--prompt", PROMPT)
+    program(evaluate, *common, "--candidate", stronger, "--baseline", with_person, "--out", tmp_path / "unlike")
+    assert "Concept strength is 1 (baseline) and 0.5 (candidate)" in capsys.readouterr().err
     assert program(evaluate, *common, "--candidate", without, "--baseline", without, "--out", tmp_path / "no") == 2
     assert "was drawn without a concept" in capsys.readouterr().err
 
