@@ -14,9 +14,7 @@ for bit where its checkpoint is, and N processes do what one with N times the ba
 import cli
 
 # isort: split
-import contextlib
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -25,21 +23,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dataset.folder import clear_unfinished, locked, open_manifest, write_manifest
 from dataset.reader import Pairs
 from losses import LOSSES
 from losses.sft import winners_error
 from model.checkpoint import load_pipeline
 from model.errors import UserError
-from model.files import digest_all, digest_of, files_read, write_tensors, write_text
+from model.files import digest_all, files_read, write_tensors, write_text
 from model.lora import inject_lora, load_lora_to_train, lora_disabled, save_lora
 from sampling import add_noise, seeded
 from training.average import averaged, update_average
 from training.memory import make_optimizer, save_memory
 from training.order import row_at, step_and_noise
-from training.parallel import any_process, average_gradients
+from training.parallel import any_process, average_gradients, join_processes
 from training.rate import SCHEDULES, learning_rate
-from training.run import append_log, check_start, log_lines, model_card, resume, save_checkpoint
+from training.run import (
+    append_log,
+    begun,
+    check_start,
+    log_lines,
+    model_card,
+    noted_signals,
+    resume,
+    save_checkpoint,
+)
 from training.watch import watch
 
 OPTIONS = {name: option for loss in LOSSES.values() for name, option in loss.options.items()}
@@ -124,9 +130,7 @@ def main() -> None:
     args = parse_args()
     rank, world = cli.rank_and_world()
     device, dtype = cli.device_and_dtype(args.device, args.dtype)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    gloo = dist.new_group(backend="gloo") if world > 1 else None
+    gloo = join_processes(device, world)
     with files_read() as files:
         pipeline = load_pipeline(
             args.model, device, torch.float32 if args.full else dtype, args.vae, args.prediction_type)
@@ -163,7 +167,6 @@ def main() -> None:
     later |= {"steps": args.steps} if "lr_schedule" in later else {}
     noted = {name: values[name] for name in (*NOTED, *options) if name not in LATER}
     settings = noted | later | {"pairs_per_step": per_step}
-    run = digest_of([{name: value for name, value in settings.items() if name not in MAY_CHANGE}, inputs])
 
     def save(step: int) -> None:
         with averaged(parameters, average):
@@ -177,21 +180,13 @@ def main() -> None:
         card = model_card(args.model, args.loss, learned, lora=not args.full, settings=settings)
         save_checkpoint(out, run, step, parameters, average, optimizer, card)
 
-    with locked(out) if rank == 0 else contextlib.nullcontext():     # rank 0 alone writes; the others wait for it
-        if rank == 0:
-            open_manifest(out / "config.json", settings, inputs, MAY_CHANGE)
-            clear_unfinished(out)
-            write_manifest(out / "config.json", settings, inputs)
-        if world > 1:
-            dist.barrier()
+    with begun(out / "config.json", settings, inputs, MAY_CHANGE, rank, world) as run:
         start = resume(out, run, parameters, average, optimizer, rank)
         print(
             f"{args.loss} on {len(pairs)} pairs of {' and '.join(args.data)}, {sum(p.numel() for p in parameters):,} "
             f"parameters of {args.model}, {per_step} pairs a step, steps {start + 1} to {args.steps}, on {world} x "
             f"{device} in {dtype}")
-        stopping = []
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stopping.append(True))
+        stopping = noted_signals()
 
         def ids_of(step: int) -> list[str]:
             first = (step - 1) * per_step

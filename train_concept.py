@@ -19,8 +19,6 @@ What picture s of the run is, its cut, t and noise depend on --seed and s alone:
 import cli
 
 # isort: split
-import contextlib
-import signal
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -30,21 +28,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dataset.concepts import augmented, digest_of_images, read_concept_images
-from dataset.folder import clear_unfinished, locked, open_manifest, write_manifest
 from dataset.images import fit, to_latent
 from losses.diffusion_dpo import squared_error
 from model.checkpoint import load_pipeline
 from model.concept import new_concept, save_concept
 from model.errors import UserError
-from model.files import digest_all, digest_of, files_read
+from model.files import digest_all, files_read
 from pictures import sheet, write_png
 from sampling import Drawing, add_noise, draw_people
 from training.average import averaged, update_average
 from training.memory import make_optimizer, save_memory
 from training.order import row_at, step_and_noise
-from training.parallel import any_process, average_gradients
+from training.parallel import any_process, average_gradients, join_processes
 from training.rate import SCHEDULES, learning_rate
-from training.run import append_log, log_lines, model_card, resume, save_checkpoint
+from training.run import append_log, begun, log_lines, model_card, noted_signals, resume, save_checkpoint
 
 MAY_CHANGE = ("model", "images", "clip")           # of these the contents count
 NOTED = (*MAY_CHANGE, "placeholder", "lr", "adapter_lr", "warmup", "lr_schedule", "ema", "seed", "height", "width",
@@ -74,9 +71,7 @@ def main() -> None:
     args = parse_args()
     rank, world = cli.rank_and_world()
     device, dtype = cli.device_and_dtype(args.device, args.dtype)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    gloo = dist.new_group(backend="gloo") if world > 1 else None
+    gloo = join_processes(device, world)
     with files_read() as files:
         pipeline = load_pipeline(args.model, device, dtype, args.vae, args.prediction_type)
     if pipeline.predicts_v:
@@ -108,7 +103,6 @@ def main() -> None:
     per_step = args.batch_size * args.grad_accum * world
     settings = {name: getattr(args, name) for name in NOTED} | {"pictures_per_step": per_step}
     settings |= {"steps": args.steps} if args.lr_schedule != "constant" else {}
-    run = digest_of([{name: value for name, value in settings.items() if name not in MAY_CHANGE}, inputs])
 
     def save(step: int) -> None:
         with averaged(parameters, average):
@@ -128,21 +122,13 @@ def main() -> None:
             drawn = [image for _, image in draw_people(pipeline, drawing, texts, list(range(len(shown))), people)]
         write_png(out / "samples" / f"{step:06d}.png", sheet([*subjects, *drawn], 2 * texts, columns=len(shown)))
 
-    with locked(out) if rank == 0 else contextlib.nullcontext():     # rank 0 alone writes; the others wait for it
-        if rank == 0:
-            open_manifest(out / "config.json", settings, inputs, MAY_CHANGE)
-            clear_unfinished(out)
-            write_manifest(out / "config.json", settings, inputs)
-        if world > 1:
-            dist.barrier()
+    with begun(out / "config.json", settings, inputs, MAY_CHANGE, rank, world) as run:
         start = resume(out, run, parameters, average, optimizer, rank)
         print(
             f"a concept of {len(images)} pictures of {args.images}, {sum(p.numel() for p in parameters):,} parameters "
             f"beside {args.model}, {per_step} pictures a step, steps {start + 1} to {args.steps}, on {world} x "
             f"{device} in {dtype}")
-        stopping = []
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stopping.append(True))
+        stopping = noted_signals()
 
         def numbers_of(step: int, micro: int) -> range:
             """This process's share of the pictures (step - 1) * per_step ... step * per_step of the run."""

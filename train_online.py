@@ -24,7 +24,6 @@ import cli
 # isort: split
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +36,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dataset.folder import clear_unfinished, locked, open_manifest, write_manifest
 from evaluation.judges import load_judge
 from losses.advantages import group_advantages, running_advantages
 from losses.policy import ddpo_is_loss, ddpo_sf_loss, dpok_loss, kl_to_reference
@@ -55,10 +53,20 @@ from sampling.schedule import T, timesteps
 from training.average import averaged, update_average
 from training.memory import make_optimizer, save_memory
 from training.order import row_at
-from training.parallel import any_process, average_gradients, gathered
+from training.parallel import any_process, average_gradients, gathered, join_processes
 from training.rate import SCHEDULES, learning_rate
 from training.rewards import Told, judge_falls, read_rewards, refuse_standstill
-from training.run import append_lines, append_log, check_start, log_lines, model_card, resume, save_checkpoint
+from training.run import (
+    append_lines,
+    append_log,
+    begun,
+    check_start,
+    log_lines,
+    model_card,
+    noted_signals,
+    resume,
+    save_checkpoint,
+)
 from training.watch import draw_samples
 
 LN2 = math.log(2)
@@ -411,9 +419,7 @@ def main() -> None:
     method = METHODS[args.method]
     rank, world = cli.rank_and_world()
     device, dtype = cli.device_and_dtype(args.device, args.dtype)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    gloo = dist.new_group(backend="gloo") if world > 1 else None
+    gloo = join_processes(device, world)
     with files_read() as files:
         pipeline = load_pipeline(args.model, device, dtype, args.vae, args.prediction_type)
     if pipeline.predicts_v:
@@ -449,7 +455,6 @@ def main() -> None:
     options = {name: own[name] for name in method.loss.options} if method.loss else {}
     settings = {name: values[name] for name in NOTED} | own | {"pictures_per_step": per_step}
     settings |= {} if args.lr_schedule == "constant" else {"steps": args.steps}
-    run = digest_of([{name: value for name, value in settings.items() if name not in MAY_CHANGE}, inputs])
 
     def save(step: int) -> None:
         with averaged(parameters, average):
@@ -497,22 +502,14 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         return logs | {"grad_norm": grad_norm}
 
-    with locked(out) if rank == 0 else contextlib.nullcontext():     # rank 0 alone writes; the others wait for it
-        if rank == 0:
-            open_manifest(out / "config.json", settings, inputs, MAY_CHANGE)
-            clear_unfinished(out)
-            write_manifest(out / "config.json", settings, inputs)
-        if world > 1:
-            dist.barrier()
+    with begun(out / "config.json", settings, inputs, MAY_CHANGE, rank, world) as run:
         start = resume(out, run, parameters, average, optimizer, rank)
         past, buffers = read_rewards(out / "rewards.jsonl", start, per_step)
         print(
             f"{args.method} by {args.scorer} on {len(prompts)} prompts, {sum(p.numel() for p in parameters):,} "
             f"parameters of {args.model}, {per_step} pictures a step, steps {start + 1} to {args.steps}, on {world} x "
             f"{device} in {dtype}")
-        stopping = []
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stopping.append(True))
+        stopping = noted_signals()
         buffer, then = [], time.perf_counter()
         steps = takewhile(lambda _: not judge_falls(past, args.patience), range(start + 1, args.steps + 1))
         for step in cli.progress(steps, args.steps - start, "training"):

@@ -19,10 +19,8 @@ OUT/training.json, OUT/checkpoint/   what the same command goes on from, bit for
 import cli
 
 # isort: split
-import contextlib
 import json
 import math
-import signal
 import sys
 import time
 from datetime import timedelta
@@ -33,7 +31,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dataset.folder import clear_unfinished, locked, open_manifest, write_manifest
 from dataset.preferences import digest_of_source, read_rankings
 from evaluation.statistics import percent_and_interval, wilson, win_rate
 from losses.bradley_terry import bradley_terry_loss, rightness, score_margins
@@ -43,9 +40,9 @@ from model.scorers import PickScore
 from pictures import curves, write_png
 from training.average import averaged
 from training.order import row_at
-from training.parallel import any_process, average_gradients
+from training.parallel import any_process, average_gradients, join_processes
 from training.rate import SCHEDULES, learning_rate
-from training.run import append_lines, append_log, log_lines, resume, save_checkpoint
+from training.run import append_lines, append_log, begun, log_lines, noted_signals, resume, save_checkpoint
 from training.scorer import (
     Rankings,
     calibration,
@@ -139,9 +136,8 @@ def main() -> None:
     args = parse_args()
     rank, world = cli.rank_and_world()
     device, _ = cli.device_and_dtype(args.device, "float32")
-    if world > 1:                                          # the others wait while the first prepares the pictures
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=2))
-    gloo = dist.new_group(backend="gloo") if world > 1 else None
+    # The others wait while the first prepares the pictures.
+    gloo = join_processes(device, world, timeout=timedelta(days=2))
     scorer, config, init = load_init(args.init, device)
     parameters = trained_parameters(scorer.clip, args.train)
     best = [parameter.detach().clone() for parameter in parameters]
@@ -156,7 +152,6 @@ def main() -> None:
     settings |= {} if args.lr_schedule == "constant" else {"steps": args.steps}
     listed = digest_of([[[ranking.prompt, ranking.grades] for ranking in rankings], places, digest_of_source(pictures)])
     inputs = {"init": init, "from_pairs": listed}
-    run = digest_of([{name: value for name, value in settings.items() if name not in MAY_CHANGE}, inputs])
     card = (f"---\nbase_model: {args.init}\nlibrary_name: transformers\ntags: [clip, reward-model]\n---\n\n"
             f"# A preference scorer from {args.init}\n\nscore = exp(logit_scale) * cosine(text, picture)\n")
 
@@ -165,12 +160,9 @@ def main() -> None:
             save_scorer(out, scorer, config)
         save_checkpoint(out, run, step, parameters, best, optimizer, card)
 
-    with locked(out) if rank == 0 else contextlib.nullcontext():     # rank 0 alone writes; the others wait for it
+    with begun(out / "training.json", settings, inputs, MAY_CHANGE, rank, world) as run:
         prepared = out / "checkpoint" / "pictures.u8"
         if rank == 0:
-            open_manifest(out / "training.json", settings, inputs, MAY_CHANGE)
-            clear_unfinished(out)
-            write_manifest(out / "training.json", settings, inputs)
             prepare_pictures(prepared, pictures, scorer.preprocessor, cli.progress)
         if world > 1:
             dist.barrier()
@@ -208,9 +200,7 @@ def main() -> None:
             numbers = range((step - 1) * per_step, step * per_step)
             return [data.rankings[row_at(s, rows, args.seed, ORDER)].pictures[0].where() for s in numbers]
 
-        stopping = []
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stopping.append(True))
+        stopping = noted_signals()
         if rank == 0 and not watch:
             watch_held_out(0)
         buffer, then = [], time.perf_counter()

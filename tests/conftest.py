@@ -1,5 +1,6 @@
 """Small random checkpoints that diffusers and transformers made: the oracles' own files are what we load."""
 
+import contextlib
 import signal
 import sys
 
@@ -77,3 +78,24 @@ def program(monkeypatch):
             return end.code or 0
         return 0
     return run
+
+
+@pytest.fixture
+def interrupted():
+    """with interrupted(module, 4): at its fourth update a training program's run ends as if it were killed; or, with
+    interrupted(module, 4, signal.SIGTERM), it is sent that signal."""
+    @contextlib.contextmanager
+    def block(module, at: int, number: int | None = None):
+        calls, average = [], module.average_gradients
+
+        def average_gradients(parameters, world):
+            calls.append(1)
+            if len(calls) == at and number is None:
+                raise KeyboardInterrupt
+            if len(calls) == at:
+                signal.raise_signal(number)
+            average(parameters, world)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "average_gradients", average_gradients)
+            yield
+    return block

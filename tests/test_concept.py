@@ -240,29 +240,12 @@ def lines_of(out: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
-def interrupted(monkeypatch, at: int, how) -> None:
-    """Calls `how` in the step of this number, before its weights change."""
-    steps, average = [], train_concept.average_gradients
-
-    def average_gradients(parameters, world):
-        steps.append(1)
-        if len(steps) == at:
-            how()
-        average(parameters, world)
-    monkeypatch.setattr(train_concept, "average_gradients", average_gradients)
-
-
-def kill() -> None:
-    raise KeyboardInterrupt
-
-
-def test_killed_and_resumed_is_the_run_that_was_not(options, program, tmp_path, monkeypatch):
+def test_killed_and_resumed_is_the_run_that_was_not(options, program, interrupted, tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     run = [*options, "--save-every", 2, "--steps", 4, "--ema", 0.5, "--lr-schedule", "linear"]
     assert program(train_concept, *run, "--out", straight, "--sample-every", 4) == 0
-    interrupted(monkeypatch, 4, kill)
-    assert program(train_concept, *run, "--out", killed) == 130
-    monkeypatch.undo()
+    with interrupted(train_concept, 4):
+        assert program(train_concept, *run, "--out", killed) == 130
     assert torch.load(killed / "checkpoint" / "state.pt", weights_only=True)["step"] == 2
     assert program(train_concept, *run, "--out", killed) == 0
     assert (straight / "concept.safetensors").read_bytes() == (killed / "concept.safetensors").read_bytes()
@@ -283,9 +266,9 @@ def test_less_memory_is_the_same_training(options, program, tmp_path):
         torch.testing.assert_close(plain[name], other[name], rtol=0, atol=1e-5)
 
 
-def test_sigterm_saves_first(options, program, tmp_path, monkeypatch):
-    interrupted(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
-    assert program(train_concept, *options, "--save-every", 50, "--steps", 3, "--out", tmp_path / "run") == 130
+def test_sigterm_saves_first(options, program, interrupted, tmp_path):
+    with interrupted(train_concept, 2, signal.SIGTERM):
+        assert program(train_concept, *options, "--save-every", 50, "--steps", 3, "--out", tmp_path / "run") == 130
     assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["step"] == 2
 
 

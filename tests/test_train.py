@@ -460,21 +460,14 @@ def test_sigterm_to_torchrun_saves_the_step_that_it_is_at(options, tmp_path):
     assert torch.load(out / "checkpoint" / "state.pt", weights_only=True)["step"] == log[-1]["step"] == len(log)
 
 
-def test_a_run_goes_on_behind_a_cut_line_and_loses_no_sample(options, program, tmp_path, monkeypatch):
+def test_a_run_goes_on_behind_a_cut_line_and_loses_no_sample(options, program, interrupted, tmp_path):
     """A disk that was full cut the log; Ctrl-C came at a step with a sample."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     command = [*options, "--sample-every", 3, "--holdout", 2, "--save-every", 50]
     assert program(train, *command, "--out", straight, "--steps", 5) == 0
-    average = train.average_gradients
-    calls = []
-
-    def interrupted(parameters, world):
-        calls.append(1)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGINT)
-        average(parameters, world)
-    monkeypatch.setattr(train, "average_gradients", interrupted)
-    assert program(train, *command, "--out", stopped, "--steps", 5) == 130 and len(log_of(stopped)) == 3
+    with interrupted(train, 3, signal.SIGINT):
+        assert program(train, *command, "--out", stopped, "--steps", 5) == 130
+    assert len(log_of(stopped)) == 3
     with open(stopped / "log.jsonl", "a") as log:
         log.write('{"step": 4, "loss": 0.6')
     assert program(train, *command, "--out", stopped, "--steps", 5) == 0

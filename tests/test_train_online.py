@@ -1,7 +1,6 @@
 """train_online.py: each method's gradient against one worked out apart, without a checkpoint or a shortcut; a run that
 was killed, or split over processes, is the run that was not; what is refused."""
 
-import contextlib
 import copy
 import json
 import math
@@ -174,25 +173,6 @@ def test_every_method_trains(method, options, program, tiny_scorer, own, tmp_pat
         assert first["loss"] == pytest.approx(-first["reward"], rel=0.01) and first["loss"] != -first["reward"]
 
 
-@contextlib.contextmanager
-def interrupted(at: int, how):
-    """Within the block, `how` happens at update number `at` of a run."""
-    calls, average = [], train_online.average_gradients
-
-    def average_or_interrupt(parameters, world):
-        calls.append(1)
-        if len(calls) == at:
-            how()
-        average(parameters, world)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_online, "average_gradients", average_or_interrupt)
-        yield
-
-
-def kill() -> None:
-    raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("method, more, levels", [
     ("grpo", ["--pictures", 8], 1.5), ("alignprop", ["--batch-size", 8], 0.05)])
 def test_the_reward_rises(method, more, levels, options, program, tmp_path):
@@ -209,12 +189,12 @@ def test_the_reward_rises(method, more, levels, options, program, tmp_path):
     ["d3po", "--batch-size", 1, "--sampler-steps", 1],
     # Its gradient begins at step 2, 2, 2 and 1.
     ["alignprop", "--ema", 0.9, "--sampler-steps", 3, "--seed", 1]], ids=lambda extra: extra[0])
-def test_killed_and_resumed_is_the_run_that_was_not(extra, options, program, tmp_path):
+def test_killed_and_resumed_is_the_run_that_was_not(extra, options, program, interrupted, tmp_path):
     """A step behind its checkpoint, as it wrote a line."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     run = [*options, "--lr", 1e-2, "--method", *extra, "--save-every", 2, "--steps", 4]
     assert program(train_online, *run, "--out", straight) == 0
-    with interrupted(4, kill):
+    with interrupted(train_online, 4):
         assert program(train_online, *run, "--out", killed) == 130
     assert torch.load(killed / "checkpoint" / "state.pt", weights_only=True)["step"] == 2
     assert lines_of(killed, "rewards.jsonl")[-1]["step"] == 3
@@ -230,11 +210,11 @@ def test_killed_and_resumed_is_the_run_that_was_not(extra, options, program, tmp
         assert not any(torch.equal(tensor, state["parameters"][1]) for tensor in saved)
 
 
-def test_sigterm_saves_first(options, program, tmp_path, capsys):
+def test_sigterm_saves_first(options, program, interrupted, tmp_path, capsys):
     out = tmp_path / "run"
     run = [*options, "--method", "draft", "--limit", 1, "--sampler-steps", 1, "--sample-every", 3, "--save-every", 50,
            "--steps", 3, "--out", out]
-    with interrupted(2, lambda: signal.raise_signal(signal.SIGTERM)):
+    with interrupted(train_online, 2, signal.SIGTERM):
         assert program(train_online, *run) == 130
     assert "stopped; what was finished is saved" in capsys.readouterr().err
     assert torch.load(out / "checkpoint" / "state.pt", weights_only=True)["step"] == len(lines_of(out)) == 2

@@ -5,6 +5,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
+def join_processes(device: torch.device, world: int, **options) -> dist.ProcessGroup | None:
+    """Meets the other processes, if there are any. -> their group on the CPU, for `any_process` and `gathered`;
+    `options` are init_process_group's."""
+    if world == 1:
+        return None
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+    return dist.new_group(backend="gloo")
+
+
 def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
     """All processes' gradients become their mean, in one message."""
     if world > 1:

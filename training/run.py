@@ -5,22 +5,50 @@
     curves.png, README.md
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Container, Iterator
 from itertools import takewhile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from dataset.folder import clear_unfinished, locked, open_manifest, write_manifest
 from model.errors import UserError
-from model.files import is_a, read_lines, write_pickle, write_text
+from model.files import digest_of, is_a, read_lines, write_pickle, write_text
 from pictures import curves, write_png
 
 from .parallel import mean_of_processes
 
 CURVES = ("reward", "judge", "loss", "dpo", "stat", "kl", "implicit_accuracy", "grad_norm")
+
+
+@contextlib.contextmanager
+def begun(
+    manifest: Path, settings: dict, inputs: dict[str, str], may_change: Container[str], rank: int, world: int,
+) -> Iterator[str]:
+    """The run's folder, locked, with a manifest; see dataset/folder.py. Rank 0 alone writes there; the others wait
+    until it is ready. -> the digest of what the run is, of `may_change` by its contents alone."""
+    with locked(manifest.parent) if rank == 0 else contextlib.nullcontext():
+        if rank == 0:
+            open_manifest(manifest, settings, inputs, may_change)
+            clear_unfinished(manifest.parent)
+            write_manifest(manifest, settings, inputs)
+        if world > 1:
+            dist.barrier()
+        yield digest_of([{name: value for name, value in settings.items() if name not in may_change}, inputs])
+
+
+def noted_signals() -> list[bool]:
+    """From now on SIGTERM and Ctrl-C end nothing: they fill this list, and the run saves first."""
+    noted: list[bool] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: noted.append(True))
+    return noted
 
 
 def resume(
