@@ -242,7 +242,11 @@ def load_concept(path: str | Path, pipeline: "Pipeline", strength: float = 1.0) 
     shapes, metadata = read_header(Path(path))
     if not {"clip", "placeholder"} <= metadata.keys() or "global_proj.weight" not in shapes:
         raise UserError(f"{path}: not a concept; expected a file that train_concept.py wrote")
-    tower, preprocessor = load_tower(metadata["clip"], pipeline.device)
+    try:
+        tower, preprocessor = load_tower(metadata["clip"], pipeline.device)
+    except UserError as error:
+        raise UserError(f"{path}: it was trained with the CLIP {metadata['clip']!r:.200}, which is needed to draw: "
+                        f"{error}") from None
     concept = load_weights(
         lambda: concept_for(pipeline, tower), read_tensors(Path(path)), f"{path}, a concept", pipeline.device,
         torch.float32)

@@ -223,6 +223,9 @@ def test_other_files_are_refused(concept_file, tiny, tiny_scorer, tmp_path):
     save_file(state | {"patch_proj.weight": torch.zeros(32, 64)}, bad, metadata)
     with pytest.raises(UserError, match=r"patch_proj.weight is \(32, 64\), expected \(32, 32\)"):
         load_concept(bad, pipeline)
+    save_file(state, bad, metadata | {"clip": "gone/far/away"})
+    with pytest.raises(UserError, match="bad.safetensors: it was trained with the CLIP 'gone/far/away', which is need"):
+        load_concept(bad, pipeline)
     with pytest.raises(UserError, match="no such concept file"):
         load_concept(tmp_path / "none.safetensors", pipeline)
 
