@@ -4,6 +4,7 @@ DDPMScheduler, values worked out by hand, and each other (fused and apart; plain
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -316,6 +317,34 @@ def test_the_triton_kernels_equal_the_definition():
         [sys.executable, "-c", "from tests.test_losses import check_kernels; check_kernels()"],
         cwd=Path(__file__).parent.parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("capability", [80, 90])               # of an A100, of an H100 and H200
+def test_the_triton_kernels_compile_for_gpus(capability, tmp_path, monkeypatch):
+    """By Triton's own compiler, which needs no GPU. They fit into registers: nothing is spilled to memory, a quarter
+    of the threads that a multiprocessor can have is at work at once."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")        # its default, which it warns of otherwise
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+
+    from losses import hg_dpo_triton as kernels
+    binary = tmp_path / "kernel.cubin"
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    for kernel in (kernels.sums_kernel, kernels.gradient_kernel):
+        for eps in ("fp64", "fp32", "bf16", "fp16"):
+            acc = "fp64" if eps == "fp64" else "fp32"
+            types = {"eps": eps, "eps_ref": eps, "noise": acc, "grad": acc}
+            types["out"] = acc if kernel is kernels.sums_kernel else eps
+            kinds = {name: f"*{types[name]}" if name in types else "i32" for name in kernel.arg_names}
+            constants = {"BLOCK": kernels.BLOCK, "ACC": {"fp64": tl.float64, "fp32": tl.float32}[acc]}
+            source = triton.compiler.ASTSource(kernel, kinds | dict.fromkeys(constants, "constexpr"), constants)
+            binary.write_bytes(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"])
+            told = subprocess.run([disassembler, "--dump-resource-usage", binary], capture_output=True, text=True)
+            used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", told.stdout)}
+            assert used["STACK"] == used["LOCAL"] == 0 and used["REG"] <= 128, (kernel.__name__, eps, used)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
