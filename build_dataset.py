@@ -39,7 +39,7 @@ from model.builtin import BUILT_IN, default_scorer
 from model.checkpoint import Pipeline, load_pipeline
 from model.errors import UserError
 from model.files import digest_all, digest_of, files_read
-from model.scorers import load_scorer
+from model.scorers import digest_of_scorer, load_scorer
 from pictures import parameters
 from sampling import SAMPLERS, Drawing, picture_settings, sample_latents, to_picture
 
@@ -89,6 +89,8 @@ def parse_args():
     args.source = given[0] if given else "--prompts"
     if args.human_only and not args.from_pairs:
         raise UserError("--human-only goes with --from-pairs")
+    if args.keep == "pool" and args.source in ("--from-pairs", "--from-images"):
+        raise UserError(f"--keep pool: {args.source} has no pools; leave it away")
     if args.lora and args.source != "--prompts":
         raise UserError(f"--lora goes with drawing; {args.source} draws nothing")
     if args.preview_steps is not None:
@@ -183,7 +185,8 @@ def open_source(args) -> tuple[Source, dict, str]:
         device, _ = cli.device_and_dtype(args.device, args.dtype)
         with files_read() as files:
             scores = rescored(load_pipeline(manifest["model"], device), load_scorer(args.scorer, device))
-        return from_kept(Path(args.reselect), manifest, pool, scores, digest_all(files)), options, ""
+        return from_kept(
+            Path(args.reselect), manifest, pool, scores, digest_of_scorer(args.scorer, files)), options, ""
     device, dtype = cli.device_and_dtype(args.device, args.dtype)
     with files_read() as files:
         pipeline = load_pipeline(args.model, device, dtype, args.vae, args.prediction_type)
@@ -213,7 +216,7 @@ def open_source(args) -> tuple[Source, dict, str]:
             scorer = load_scorer(options["scorer"], device)
         source = from_prompts(
             prompts, pipeline, scorer, drawing, pool, args.seed, args.batch_size, model,
-            inputs | {"scorer": digest_all(files)})
+            inputs | {"scorer": digest_of_scorer(options["scorer"], files)})
     return source, options, f"; {args.model} on {device} in {options['dtype']}"
 
 

@@ -109,8 +109,10 @@ def parse_args():
         raise UserError(f"{' and '.join(ways)}: with --preference-accuracy give --lora, --compare or none")
     if not args.preference_accuracy and len(ways) != 1:
         raise UserError(f"{' and '.join(ways) or 'nothing to judge'}: give one of --lora, --candidate and --compare")
-    if args.concept and args.preference_accuracy:
-        raise UserError("--concept goes without --preference-accuracy")
+    if args.preference_accuracy:
+        for name in ("baseline", "lan", "run", "fid", "concept"):
+            if getattr(args, name):
+                raise UserError(f"--{name} goes without --preference-accuracy, which draws nothing")
     if args.human_only and not args.preference_accuracy:
         raise UserError("--human-only goes with --preference-accuracy")
     names = (args.scorers or default_scorers(args.model)).split(",")

@@ -41,7 +41,7 @@ from model.checkpoint import Pipeline, load_pipeline
 from model.concept import load_concept
 from model.errors import UserError
 from model.files import digest_all, digest_of, files_read, read_tensors, write_tensors, write_text
-from model.scorers import load_reward, load_scorer
+from model.scorers import digest_of_scorer, load_reward, load_scorer
 from pictures import parameters, sheet, write_png
 from sampling import (
     SAMPLERS,
@@ -148,7 +148,7 @@ def way_to_draw(args, pipeline: Pipeline, drawing: Drawing) -> tuple[Callable, d
     phrases = list(dict.fromkeys(cli.read_prompts(args.suffixes))) if args.way == "suffixes" else []
     with files_read() as files:
         scorer = (load_reward if args.way == "optimise_noise" else load_scorer)(args.scorer, pipeline.device)
-    inputs = {"scorer": digest_all(files)}
+    inputs = {"scorer": digest_of_scorer(args.scorer, files)}
     if args.way == "optimise_noise":
         return partial(draw_optimised, pipeline, drawing, scorer, args.optimise_noise, args.noise_lr), inputs
     score = partial(score_pool, scorer)

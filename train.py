@@ -88,6 +88,12 @@ def parse_args():
         raise UserError("--full --init-lora: train a LoRA, or the whole U-Net")
     if args.dtype == "float16":
         raise UserError("--dtype float16: small gradients vanish in it; use bfloat16 or float32")
+    for name, option in OPTIONS.items():
+        if option.instead_of and getattr(args, name) and getattr(args, option.instead_of) is not None:
+            raise UserError(f"--{name} goes without --{option.instead_of.replace('_', '-')}: it takes its place")
+    if args.holdout and (args.full or LOSSES[args.loss].data != "pairs"):
+        reason = "--full has no reference to compare with" if args.full else f"--loss {args.loss} learns from no pairs"
+        raise UserError(f"--holdout {args.holdout}: the held-out accuracy is of pairs and a LoRA, and {reason}")
     if args.holdout and not args.sample_every:
         raise UserError("--holdout: give --sample-every, too; it is then that the held-out accuracy is measured")
     args.rank, args.alpha = args.rank or 8, args.alpha or 8.0
@@ -165,6 +171,8 @@ def main() -> None:
     options = {name: values[name] for name in loss_of.options}
     later = {name: values[name] for name, default in LATER.items() if values[name] != default}
     later |= {"steps": args.steps} if "lr_schedule" in later else {}
+    if loss_of.together or (args.sft_weight and loss_of.data == "labels"):
+        later["pairs_together"] = args.batch_size * world
     noted = {name: values[name] for name in (*NOTED, *options) if name not in LATER}
     settings = noted | later | {"pairs_per_step": per_step}
 
@@ -231,7 +239,7 @@ def main() -> None:
             due = step % args.save_every == 0 or step == args.steps
             sample = args.sample_every and (step % args.sample_every == 0 or step == args.steps)
             if due or stop or sample or step == 1 or len(buffer) == 10:
-                lines = log_lines(buffer, (time.perf_counter() - then) / len(buffer), world)
+                lines = log_lines(buffer, (time.perf_counter() - then) / len(buffer))
                 if not args.init_lora:
                     check_start(lines[0], loss_of.at_start)
                 append_log(out, lines, ids_of, write=rank == 0)

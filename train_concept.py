@@ -172,7 +172,7 @@ def main() -> None:
             due = step % args.save_every == 0 or step == args.steps
             sample = args.sample_every and (step % args.sample_every == 0 or step == args.steps)
             if due or stop or sample or step == 1 or len(buffer) == 10:
-                lines = log_lines(buffer, (time.perf_counter() - then) / len(buffer), world)
+                lines = log_lines(buffer, (time.perf_counter() - then) / len(buffer))
                 append_log(out, lines, lambda step: [images[row(s)].file.name for s in numbers_of(step, 0)],
                            write=rank == 0)
                 if sample and rank == 0:

@@ -570,7 +570,7 @@ def main() -> None:
             due = step % args.save_every == 0 or ends
             sample = args.sample_every and (step % args.sample_every == 0 or ends)
             if due or stop or sample or step == 1 or len(buffer) == 10:
-                lines = log_lines(buffer, (time.perf_counter() - then) / len(buffer), world)
+                lines = log_lines(buffer, (time.perf_counter() - then) / len(buffer))
                 append_log(out, lines, lambda step: [prompts[k] for k in prompts_of(step, 0, 0)[0]], write=rank == 0)
                 if sample and rank == 0:                   # before the checkpoint: after it, a kill would lose it
                     with averaged(parameters, average), torch.compiler.set_stance("force_eager"):

@@ -226,7 +226,7 @@ def main() -> None:
             stop = any_process(bool(stopping), gloo)
             due = step % args.save_every == 0 or step == args.steps
             if due or stop or step == 1 or len(buffer) == 10:
-                append_log(out, log_lines(buffer, (time.perf_counter() - then) / len(buffer), world), ids_of, rank == 0)
+                append_log(out, log_lines(buffer, (time.perf_counter() - then) / len(buffer)), ids_of, rank == 0)
                 if due and rank == 0:                      # before the checkpoint: after it, a kill would lose it
                     watch_held_out(step)
                 if (due or stop) and rank == 0:

@@ -115,6 +115,8 @@ class Pairs:
             digests.append(dataset_digest(folder, manifest))
         if not self.rows:
             raise UserError(f"{folders[0]}: no pair in it")
+        if data == "pool":                     # one without a score is found now, and not when its turn comes
+            self.scores(list(range(len(self.rows))))
         self.digest = digests[0] if len(digests) == 1 else digest_of(digests)
 
     @property
@@ -148,5 +150,6 @@ class Pairs:
             found.append(scores if self.data == "pool" else [scores[line[end]] for end in ends[self.data]])
             if None in found[-1]:
                 raise UserError(
-                    f"{self.folders[i]}, row {line['id']}: drawn with previews; not every picture has a score")
+                    f"{self.folders[i]}, row {line['id']}: drawn with previews, so that not every picture has a score, "
+                    "and whole pools are learned from by all; draw it without --preview-steps")
         return torch.tensor(found)

@@ -76,11 +76,13 @@ def from_kept(
         line = pool.pair(line)
         if "left_out" in line:
             return line, None, {}
-        ends = {"w": line["winner"], "l": line["loser"]}
-        latents = {f"latents_{name}": tensors["pool"][i][end] for name, end in ends.items()}
+        ends, latents = {"w": line["winner"], "l": line["loser"]}, tensors["pool"][i][:pool.pool_size]
+        found = {f"latents_{name}": latents[end] for name, end in ends.items()} | {"context": tensors["context"][i]}
+        if pool.keep == "pool":
+            found["pool"] = latents.clone()    # a file holds no tensor twice
+            ends |= {f"{k:02d}": k for k in range(pool.pool_size)}
         paths = {name: picture_path(folder, old["id"], f"{end:02d}") for name, end in ends.items()}
-        pictures = {name: open_picture(path) for name, path in paths.items() if path.is_file()}
-        return line, {**latents, "context": tensors["context"][i]}, pictures
+        return line, found, {name: open_picture(path) for name, path in paths.items() if path.is_file()}
 
     model = {key: manifest[key] for key in ("model", "context_width", "scaling_factor", "latent") if key in manifest}
     inputs = {"reselect": dataset_digest(folder, manifest)} | ({"scorer": scored_by} if scored_by else {})

@@ -1,10 +1,10 @@
 """Diffusion-KTO (arXiv 2404.04465): from single pictures, each good or bad, without pairs."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .diffusion_dpo import squared_error
+from .processes import mean_of_processes
 
 
 def baseline(gain: Tensor) -> Tensor:
@@ -12,11 +12,7 @@ def baseline(gain: Tensor) -> Tensor:
 
     Of all processes: a GPU with one or two pictures would compare them with themselves, and learn next to nothing.
     Their batches are equally large, so the mean of their means is the mean."""
-    mean = gain.detach().mean()
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(mean)
-        mean = mean / dist.get_world_size()
-    return mean.clamp(min=0)
+    return mean_of_processes(gain.mean()).clamp(min=0)
 
 
 def kto_loss(

@@ -43,6 +43,7 @@ class Option:
     above: float | None = None
     below: float | None = None
     auto: Callable[[int, int], float] | None = None     # the word auto is this of the latents' height and width
+    instead_of: str | None = None              # an option that means nothing beside it
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Loss:
     data: str = "pairs"
     # What it logs before the first step, when policy and reference are the same: anything else is a bug.
     at_start: dict[str, float] = field(default_factory=dict)
+    together: bool = False                     # it depends on which rows are in a batch with each other
 
     def wants(self) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(self.function).parameters)
@@ -96,19 +98,20 @@ LOSSES = {
     "hinge": Loss(hinge_loss, {"beta": BETA}, at_start={"hinge": 1.0}),
     "cdpo": Loss(cdpo_loss, {"beta": BETA, "label_smoothing": LABEL_SMOOTHING}, at_start={"cdpo": LN2}),
     "rdpo": Loss(rdpo_loss, {"beta": BETA, "label_smoothing": LABEL_SMOOTHING}, at_start={"rdpo": LN2}),
-    "kto": Loss(kto_loss, {"beta": BETA}, data="labels", at_start={"kto": 0.5}),
+    "kto": Loss(kto_loss, {"beta": BETA}, data="labels", at_start={"kto": 0.5}, together=True),
     "mapo": Loss(mapo_loss, {"mapo_beta": Option("weight of the margin beside the winners' error", least=0)}),
     "orpo": Loss(orpo_loss, {"orpo_weight": Option("weight of the odds' ratio beside the winners' error", least=0)}),
     "pro": Loss(pro_loss, {"beta": BETA}, data="pool", at_start=UNMOVED),
     "rwr": Loss(
         rwr_loss,
         {"reward_scale": Option("a picture counts as exp(this times its score); 0 is all alike", least=0),
-         "top": Option("instead: the best of a pool count, this share of it, all alike; 0 is off", least=0, below=1)},
+         "top": Option("instead: the best of a pool count, this share of it, all alike; 0 is off", least=0, below=1,
+                       instead_of="reward_scale")},
         data="pool"),
     "dspo": Loss(
         dspo_loss, {"dspo_beta": Option("strength of the push off the reference", above=0)}, at_start=UNMOVED),
     "sdpo": Loss(
         sdpo_loss,
         {"beta": BETA, "sdpo_mu": Option("share of the winners' gain that losers may not undo", least=0, below=1)},
-        at_start={"sdpo": LN2}),
+        at_start={"sdpo": LN2}, together=True),
 }

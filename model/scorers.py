@@ -25,7 +25,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from modulefinder import ModuleFinder
@@ -42,7 +42,7 @@ from .checkpoint import load_weights, read_part
 from .clip import CLIP
 from .configs import clip_arguments
 from .errors import UserError
-from .files import digest_of, is_a, read_json, was_read
+from .files import digest_all, digest_of, is_a, read_json, was_read
 from .hub import HUB_ID, fetch_for, find_file, weight_files
 from .image_reward import WEIGHTS as IMAGE_REWARD
 from .image_reward import load_image_reward
@@ -352,6 +352,18 @@ def load_scorer(
             f"{name}: no such file or folder, and no Hub id (owner/name), nor FILE.py:NAME, nor one of "
             f"{', '.join(SCORERS)}")
     return load_pickscore(name, device, dtype)
+
+
+def digest_of_scorer(name: str, files: Iterable[Path]) -> str:
+    """Changes with the `files` that a scorer was read from, and with what else it is: the weights of a sum, and which
+    of those that one file has."""
+    terms = []
+    for weight, part in parse_sum(name):
+        own, entry = re.fullmatch(r".+\.py:(\w+)", part), entry_of(part)
+        plain = entry is None or entry.load is load_pickscore
+        terms.append([weight, own[1] if own else "" if plain else part.partition(":")[0]])
+    contents = digest_all(files)
+    return contents if terms == [[1.0, ""]] else digest_of([terms, contents])
 
 
 def weighted_sum(parts: list[tuple[float, Callable]]) -> Callable:

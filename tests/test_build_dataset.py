@@ -156,14 +156,20 @@ def test_reselect_by_another_scorer_scores_the_kept_pictures_anew(whole, program
     own.write_text("import numpy as np, torch\ndef dark(images, prompts):\n"
                    "    return torch.tensor([-float(np.asarray(image).mean()) for image in images])\n")
     out = tmp_path / "dark"
-    again = ["--reselect", whole, "--scorer", f"{own}:dark", "--pool-size", 4, "--out", out]
+    again = ["--reselect", whole, "--scorer", f"{own}:dark", "--pool-size", 4, "--keep", "pool", "--out", out]
     assert program(build_dataset, *again) == 0
     for line in lines_of(out):
         pictures = [Image.open(whole / "images" / f"{line['id']}_{i:02d}.png") for i in range(4)]
         means = [-np.asarray(picture).mean() for picture in pictures]
         assert line["scores"] == pytest.approx(means, abs=0.1)                   # latents are kept in half precision
         assert (line["winner"], line["loser"]) == (np.argmax(line["scores"]), np.argmin(line["scores"]))
+    with_pool = load_file(out / "shard-00000.safetensors")["pool"]               # for losses that learn from pools
+    assert torch.equal(with_pool, load_file(whole / "shard-00000.safetensors")["pool"])
+    Pairs([out], load_pipeline(json.loads((out / "dataset.json").read_text())["model"]), "pool")
+    assert len(list((out / "images").glob("*_03.png"))) == len(lines_of(out))
     assert program(build_dataset, *again[:2], *again[4:]) == 2                   # by the kept scores
+    assert "--scorer has other contents" in capsys.readouterr().err
+    assert program(build_dataset, *again[:2], f"--scorer=-1*{own}:dark", *again[4:]) == 2    # the same file, turned
     assert "--scorer has other contents" in capsys.readouterr().err
     own.write_text(own.read_text().replace("-float", "float"))
     assert program(build_dataset, *again) == 2                                   # it is another now

@@ -631,6 +631,7 @@ def test_a_browser_sorts_the_pairs(a_report, tmp_path, red):
     (["--candidate", "{tiny}", "--fid", "nowhere"], "no such folder"),
     (["--preference-accuracy", "no.json"], "no.json"),
     (["--preference-accuracy", "no.json", "--candidate", "x"], "--candidate: with --preference-accuracy"),
+    (["--preference-accuracy", "no.json", "--baseline", "x"], "--baseline goes without --preference-accuracy"),
 ])
 def test_bad_input_is_one_line(run, tiny, prompts, args, message):
     args = [arg.replace("{tiny}", str(tiny)) for arg in args]

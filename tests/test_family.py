@@ -35,6 +35,7 @@ from losses.mapo import likelihood
 from losses.orpo import log_odds
 from losses.rwr import picture_weights
 from losses.sdpo import loser_scale
+from losses.sft import winners_error
 
 ROOT = Path(__file__).parent.parent
 every_loss = pytest.mark.parametrize("name", LOSSES)
@@ -351,34 +352,68 @@ def test_kto_logs_the_same_keys_when_a_batch_has_one_label():
 
 ONE_OF_TWO = """
 import sys, torch, torch.distributed as dist
-from losses import kto_loss
+from losses import kto_loss, sdpo_loss
+from losses.sft import winners_error
 dist.init_process_group("gloo")
-eps, eps_ref, noise, labels = (x.chunk(2)[dist.get_rank()] for x in torch.load(sys.argv[1]))
-eps = eps.clone().requires_grad_()
-loss, logs = kto_loss(eps, eps_ref, noise, labels)
-loss.backward()
-torch.save((loss.detach(), logs["baseline"], eps.grad), f"{sys.argv[1]}.{dist.get_rank()}")
+inputs, labels, pairs = torch.load(sys.argv[1])
+rank, found = dist.get_rank(), []
+half = lambda x: x.chunk(2)[rank]
+pair = lambda x: torch.cat([half(side) for side in x.chunk(2)])
+for cut, of in ((half, inputs), (half, inputs), (pair, pairs)):
+    eps, eps_ref, noise = (cut(x) for x in of)
+    eps = eps.clone().requires_grad_()
+    if cut is pair:
+        loss, logs = sdpo_loss(eps, eps_ref, noise)
+    elif found:
+        loss, logs = winners_error("labels", eps, noise, torch.zeros(len(eps)), labels=half(labels)), {}
+    else:
+        loss, logs = kto_loss(eps, eps_ref, noise, half(labels))
+    loss.backward()
+    found.append((loss.detach(), logs.get("baseline", logs.get("lam")), eps.grad))
+torch.save(found, f"{sys.argv[1]}.{rank}")
 dist.destroy_process_group()
 """
 
 
-def test_ktos_baseline_is_that_of_all_processes(tmp_path):
-    """Two under torchrun with gloo, half of the pictures each, are one with all."""
+def test_what_is_of_the_batch_is_of_all_processes(tmp_path):
+    """KTO's baseline, how many are liked, SDPO's lam: two under torchrun with gloo, half of the rows each, are one with
+    all."""
     noise = predictions()[2]
     gains = [9e-4, 5e-4, 7e-4, -4e-4, -1e-4, 2e-4]             # a mean of 3e-4; 7e-4 and -1e-4 (or 0) of the halves
     eps, eps_ref = off(noise, *[0.25 - gain for gain in gains]), off(noise, *[0.25] * 6)
-    torch.save((eps, eps_ref, noise, LABELS), tmp_path / "inputs")
+    pairs = [x.clone() for x in predictions(pairs=4)]
+    pairs[0][:2] = pairs[2][:2] + 0.5 * (pairs[0][4:6] - pairs[2][4:6])          # of the first two pairs lam is below 1
+    torch.save(((eps, eps_ref, noise), LABELS, pairs), tmp_path / "inputs")
     (tmp_path / "one_of_two.py").write_text(ONE_OF_TWO)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          tmp_path / "one_of_two.py", tmp_path / "inputs"],
         check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    losses, baselines, grads = zip(*(torch.load(tmp_path / f"inputs.{rank}") for rank in range(2)))
-    loss, logs = kto_loss(eps, eps_ref, noise, LABELS)
-    assert baselines[0] == baselines[1] and abs(baselines[0].item() - 3e-4) < 1e-12
-    torch.testing.assert_close(sum(losses) / 2, loss, rtol=1e-12, atol=0)
-    whole = gradient(lambda *x: kto_loss(*x, LABELS)[0], eps, eps_ref, noise)
-    torch.testing.assert_close(torch.cat(grads) / 2, whole, rtol=1e-12, atol=0)
+    kto, liked, sdpo = zip(*(torch.load(tmp_path / f"inputs.{rank}") for rank in range(2)))
+    assert kto[0][1] == kto[1][1] and abs(kto[0][1].item() - 3e-4) < 1e-12
+    lam = loser_scale(pairs[0], pairs[2], 0.9)
+    assert sdpo[0][1] == sdpo[1][1] and 0.01 < lam < 0.9 and abs(sdpo[0][1] - lam) < 1e-12
+    for found, loss, inputs in (
+            (kto, lambda *x: kto_loss(*x, LABELS)[0], (eps, eps_ref, noise)),
+            (liked, lambda eps, eps_ref, noise: winners_error("labels", eps, noise, eps, labels=LABELS),
+             (eps, eps_ref, noise)), (sdpo, lambda *x: sdpo_loss(*x)[0], pairs)):
+        values, _, grads = zip(*found)
+        torch.testing.assert_close(sum(values) / 2, loss(*inputs), rtol=1e-12, atol=0)
+        whole = gradient(loss, *inputs)
+        if found is sdpo:                      # winners of both, then losers of both
+            grads = [torch.cat([grad.chunk(2)[side] for grad in grads]) for side in range(2)]
+        torch.testing.assert_close(torch.cat(list(grads)) / 2, whole, rtol=1e-11, atol=0)
+
+
+def test_the_winners_error_is_that_of_the_better_ones():
+    """Of pairs the first halves, of pools the best by the scores, of labelled pictures the liked."""
+    noise = predictions()[2]
+    eps = off(noise, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    found = [winners_error(data, eps, noise, torch.zeros(n), labels=LABELS, scores=SCORES).item()
+             for data, n in (("pairs", 3), ("winners", 6), ("pool", 2), ("labels", 6))]
+    # SCORES' best are the second of the first prompt and the third of the second; LABELS like the first, 4th and 5th.
+    assert found == pytest.approx([0.2, 0.35, (0.3 + 0.6) / 2, (0.1 + 0.4 + 0.5) / 3], rel=1e-6)
+    assert winners_error("labels", eps, noise, torch.zeros(6), labels=-torch.ones(6)) == 0
 
 
 # Without a reference
@@ -463,8 +498,11 @@ def test_pro_is_plackett_and_luces_likelihood():
     moved = [x.unflatten(0, (4, 2))[order].flatten(0, 1) for x in (eps, eps_ref, noise)]
     torch.testing.assert_close(pro_loss(*moved, scores[:, order])[0], loss, rtol=1e-13, atol=0)
     assert torch.equal(pro_loss(eps, eps_ref, noise, torch.exp(scores))[0], loss)            # only the order counts
-    tied, earlier = torch.tensor([[2.0, 2.0, 3.0, 2.0]] * 2), torch.tensor([[2.9, 2.8, 3.0, 2.7]] * 2)
-    assert torch.equal(pro_loss(eps, eps_ref, noise, tied)[0], pro_loss(eps, eps_ref, noise, earlier)[0])
+    # Equal scores say nothing of each other: one choice of the best from all, twice one from itself and the worst.
+    strengths, among = torch.exp(2500 * gains), {2: [2, 0, 1, 3], 0: [0, 1], 3: [3, 1]}
+    wanted = sum((strengths[rest].sum(dim=0) / strengths[k]).log() for k, rest in among.items())
+    tied = pro_loss(eps, eps_ref, noise, torch.tensor([[2.0, 1.0, 3.0, 2.0]] * 2))[0]
+    torch.testing.assert_close(tied, wanted.mean() / 3, rtol=1e-12, atol=0)
     large = pro_loss(eps, eps_ref, noise, scores, beta=1e9)[0]                               # no overflow
     assert large.isfinite() and large > 1e3
 

@@ -20,12 +20,22 @@ import cli
 import score
 from model.clip import CLIP
 from model.errors import UserError
-from model.files import files_read
+from model.files import digest_all, files_read
 from model.image_reward import ImageRewardNetwork, WordPiece, load_image_reward
 from model.open_clip import from_open_clip
 from model.preprocess import MEAN, STD, clip_preprocess, letterbox, openai_preprocess
 from model.reward_head import RewardHead
-from model.scorers import SCORERS, VIT_H, ScorerEntry, has_image_tower, load_aesthetic, load_hps, load_scorer, parse_sum
+from model.scorers import (
+    SCORERS,
+    VIT_H,
+    ScorerEntry,
+    digest_of_scorer,
+    has_image_tower,
+    load_aesthetic,
+    load_hps,
+    load_scorer,
+    parse_sum,
+)
 from model.tokenizer import Tokenizer
 
 PROMPTS = ["a cat with two horns", "a woman waving on a beach", "a cat with two horns"]
@@ -565,6 +575,16 @@ def test_ones_own_scorer_that_cannot_be_loaded_is_one_line(tmp_path):
     for name, shown in (("words", "'good'"), ("none", "None")):
         with pytest.raises(UserError, match=f"fails.py:{name}: 3 finite scores expected, got {shown}"):
             load_scorer(f"{path}:{name}")(IMAGES, PROMPTS)
+
+
+def test_a_digest_tells_scorers_of_the_same_files_apart(tmp_path):
+    """And is the contents' alone where there is nothing else: a folder may move."""
+    (tmp_path / "own.py").write_text("")
+    names = [f"{tmp_path}/own.py:A", f"{tmp_path}/own.py:B", "2*pickscore", "-1*pickscore", "pickscore", "hpsv2.1",
+             "hpsv2.1-antialias", "pickscore+clip", "clip+pickscore"]
+    assert len({digest_of_scorer(name, [tmp_path / "own.py"]) for name in names}) == len(names)
+    folders = {digest_of_scorer(name, [tmp_path / "own.py"]) for name in ("a/folder", "owner/name", "pickscore:a")}
+    assert folders == {digest_all([tmp_path / "own.py"])}
 
 
 def test_ones_own_scorer_and_a_weighted_sum(own, clip_folder):

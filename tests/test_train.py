@@ -538,7 +538,10 @@ def test_damaged_files_are_one_line(options, program, data, tmp_path, capsys):
     (["--seed", -1], "--seed -1"), (["--seed", 2**63], "from 0 to"), (["--steps", "1e3"], "--steps 1e3"),
     (["--rank", 0], "--rank 0"), (["--loss", "sft", "--full", "--init-lora", "a"], "--full --init-lora"),
     (["--init-lora", "a", "--rank", 64], "--rank 64: it is that of --init-lora's file"),
-    (["--loss", "sft", "--full", "--rank", 4], "--full trains no LoRA")], ids=str)
+    (["--loss", "sft", "--full", "--rank", 4], "--full trains no LoRA"),
+    (["--loss", "mapo", "--full", "--sample-every", 1, "--holdout", 1], "--full has no reference to compare with"),
+    (["--loss", "kto", "--sample-every", 1, "--holdout", 1], "--loss kto learns from no pairs"),
+    (["--loss", "rwr", "--top", 0.5, "--reward-scale", 2], "--top goes without --reward-scale")], ids=str)
 def test_every_option_is_checked(change, words, options, program, tmp_path, capsys):
     assert program(train, *options, "--out", tmp_path / "run", *change) == 2
     error = capsys.readouterr().err
@@ -567,7 +570,7 @@ def test_a_lora_to_start_from_is_what_is_trained(options, program, tiny, tmp_pat
         assert word in capsys.readouterr().err
 
 
-def test_bad_input_is_one_line(options, program, data, tmp_path, capsys):
+def test_bad_input_is_one_line(options, program, data, pooled, tmp_path, capsys):
     def refused(*arguments) -> str:
         assert program(train, *options, *arguments) == 2
         return capsys.readouterr().err.splitlines()[-1]
@@ -583,8 +586,15 @@ def test_bad_input_is_one_line(options, program, data, tmp_path, capsys):
     assert "--lr 0: must be a number of more than 0" in refused("--lr", 0, "--out", out)
     assert "--full is for --loss sft" in refused("--full", "--out", out)
     assert "--holdout 12" in refused("--holdout", 12, "--sample-every", 1, "--out", out)
+    (data_of_previews := changed(pooled, tmp_path / "e")).joinpath("pairs-00001.jsonl").write_text(
+        (pooled / "pairs-00001.jsonl").read_text().replace("0.5, 0.1", "null, 0.1"))
+    assert "drawn with previews" in refused("--data", pooled, data_of_previews, "--loss", "pro", "--out", out)
     assert not out.exists()
 
+    # What depends on which pictures are compared is another run with others.
+    together = ["--loss", "kto", "--out", tmp_path / "kto", "--steps"]
+    assert program(train, *options, *together, 1) == 0
+    assert "--pairs-together 2, and now it is 1" in refused(*together, 2, "--batch-size", 1, "--grad-accum", 2)
     assert program(train, *options, "--out", out, "--steps", 1) == 0
     assert "--beta 2500.0, and now it is 100.0" in refused("--out", out, "--beta", 100)
     (tmp_path / "other").mkdir()

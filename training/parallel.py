@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 def join_processes(device: torch.device, world: int, **options) -> dist.ProcessGroup | None:
     """Meets the other processes, if there are any. -> their group on the CPU, for `any_process` and `gathered`;
-    `options` are init_process_group's."""
+    `options`, such as how long one waits for the others, are
+    both groups'."""
     if world == 1:
         return None
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", **options)
 
 
 def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
@@ -21,13 +22,6 @@ def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
         dist.all_reduce(flat)
         for p, grad in zip(parameters, (flat / world).split([p.numel() for p in parameters])):
             p.grad.copy_(grad.view_as(p))
-
-
-def mean_of_processes(values: Tensor, world: int) -> Tensor:
-    if world == 1:
-        return values
-    dist.all_reduce(values)
-    return values / world
 
 
 def any_process(flag: bool, group: dist.ProcessGroup | None) -> bool:

@@ -18,11 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dataset.folder import clear_unfinished, locked, open_manifest, write_manifest
+from losses.processes import mean_of_processes
 from model.errors import UserError
 from model.files import digest_of, is_a, read_lines, write_pickle, write_text
 from pictures import curves, write_png
-
-from .parallel import mean_of_processes
 
 CURVES = ("reward", "judge", "loss", "dpo", "stat", "kl", "implicit_accuracy", "grad_norm")
 
@@ -84,13 +83,13 @@ def resume(
     return step
 
 
-def log_lines(steps: list[tuple[int, float, dict[str, Tensor]]], seconds: float, world: int) -> list[dict]:
+def log_lines(steps: list[tuple[int, float, dict[str, Tensor]]], seconds: float) -> list[dict]:
     """(step, learning rate, logs) of some steps -> their lines, all processes' mean. The one place where the device is
     waited for."""
     keys = list(steps[0][2])
     values = torch.stack([torch.stack([logs[key].float() for key in keys]) for _, _, logs in steps])
     return [{"step": step, **dict(zip(keys, row)), "lr": lr, "seconds": round(seconds, 4)}
-            for (step, lr, _), row in zip(steps, mean_of_processes(values, world).tolist())]
+            for (step, lr, _), row in zip(steps, mean_of_processes(values).tolist())]
 
 
 def check_start(line: dict, at_start: dict[str, float]) -> None:

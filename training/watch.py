@@ -40,7 +40,7 @@ def watch(
     held-out pairs, at fixed t and noise, the implicit accuracy and both errors' gains."""
     signs = {"step": step}
     device, dtype, alphas_cumprod = pipeline.device, pipeline.dtype, pipeline.alphas_cumprod.to(pipeline.device)
-    if held_out and data.data == "pairs":
+    if held_out:
         total: dict[str, float] = {}
         for i in range(0, len(held_out), batch_size):
             rows = held_out[i:i + batch_size]

@@ -37,8 +37,8 @@ BUDGET = 300_000                               # of the leaderboard, U-Net rows 
 HEAD = """# The paper's claims, measured
 
 `python -m benchmarks.results{quick}` makes the rows that are missing and writes this page; with `--report` it only
-writes the page. The settings are the same for every row but for what it compares; the learning rate of each loss is
-chosen by one rule on prompts that are neither the pairs' nor the test's ([search](#search)).
+writes the page. The settings are the same for every row but for what it compares; the learning rate is chosen by one
+rule on prompts that are neither the pairs' nor the test's ([search](#search)), of DPO's variants together with DPO's.
 
 {scale}
 

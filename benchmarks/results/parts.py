@@ -13,7 +13,8 @@ BETA, LAMBDA_STAT = 1000, 400_000
 RATES = ("1.6e-5", "5e-5", "1.6e-4", "5e-4", "1.6e-3")
 CHOSEN = {
     "dpo": "5e-4", "sft": "1.6e-5", "kto": "5e-4", "mapo": "5e-4", "orpo": "5e-4", "pro": "5e-4", "rwr": "5e-4"}
-# Losses whose gradient is another's up to a factor before the first step, which Adam does not see, take its rate.
+# Losses whose gradient is another's up to a factor before the first step, which Adam does not see, take its rate; sdpo
+# does as well, whose losers alone have a factor.
 LIKE = dict.fromkeys(("hg-dpo", "ipo", "hinge", "cdpo", "rdpo", "sdpo"), "dpo") | {"dspo": "sft"}
 # Of methods that draw their own pictures: pictures a step, U-Net rows of a picture of 10 denoising steps
 # (docs/methods.md), and options. Each is given the rows that DPO takes with a pool of 20 for 160 prompts.
@@ -50,6 +51,11 @@ class Scale:
     batch_size: int = 32                       # pairs
     choices: tuple[int, ...] = (100, 300, 1000)      # pairs that a scorer of one's own is trained on
     scorer_steps: int = 300
+
+    @property
+    def fewer(self) -> int:
+        """Prompts of the experiments that do with fewer."""
+        return self.sizes[len(self.sizes) // 2 - 1]
 
 
 FULL, QUICK = Scale(), Scale((2, 4), (8, 16), 4, 8, 4, 8, (8,), 4)
