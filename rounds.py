@@ -40,8 +40,16 @@ def parse_args():
         for word in words:
             if word.split("=")[0] in OURS:
                 raise UserError(f"--{name} {word}: is set for every round; leave it away")
+            if word == "--full":
+                raise UserError(f"--{name} {word}: rounds go on with a LoRA; leave it away")
         setattr(args, name, words)
     return args
+
+
+def without(words: list[str], *options: str) -> list[str]:
+    """The words but for these options and their values, as --name VALUE or --name=VALUE."""
+    values = {i + 1 for i, word in enumerate(words) if word in options}
+    return [word for i, word in enumerate(words) if i not in values and word.split("=")[0] not in options]
 
 
 def call(program: str, *words: object) -> None:
@@ -58,7 +66,8 @@ def main() -> None:
         print(f"round {n + 1} of {args.rounds}", flush=True)
         data, run, seed = out / f"{n}/data", out / f"{n}/run", args.seed + n * 10**9
         call("build_dataset.py", "--model", args.model, *args.data, *drawn_with, "--seed", seed, "--out", data)
-        call("train.py", "--model", args.model, "--data", data, *args.train, *begins_as, "--seed", seed, "--out", run)
+        words = without(args.train, "--rank", "--alpha") if n else args.train         # they are the LoRA's by now
+        call("train.py", "--model", args.model, "--data", data, *words, *begins_as, "--seed", seed, "--out", run)
         lora = run / "lora.safetensors"
         drawn_with, begins_as = ["--lora", lora], ["--init-lora", lora]
     with atomic_write(out / "lora.safetensors") as unfinished:

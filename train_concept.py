@@ -19,7 +19,9 @@ What picture s of the run is, its cut, t and noise depend on --seed and s alone:
 import cli
 
 # isort: split
+import sys
 import time
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dataset.concepts import augmented, digest_of_images, read_concept_images
+from dataset.concepts import augmented, digest_of_images, read_concept_images, unusable
 from dataset.images import fit, to_latent
 from losses.diffusion_dpo import squared_error
 from model.checkpoint import load_pipeline
@@ -71,7 +73,7 @@ def main() -> None:
     args = parse_args()
     rank, world = cli.rank_and_world()
     device, dtype = cli.device_and_dtype(args.device, args.dtype)
-    gloo = join_processes(device, world)
+    gloo = join_processes(device, world, timeout=timedelta(days=2))        # the others wait while the first looks
     with files_read() as files:
         pipeline = load_pipeline(args.model, device, dtype, args.vae, args.prediction_type)
     if pipeline.predicts_v:
@@ -85,6 +87,13 @@ def main() -> None:
     pipeline.concept, args.clip = model, model.clip
     for image in images:                                   # now, and not in the middle of the work
         model.places(image.text, pipeline.tokenizer)
+    if rank == 0 and not (Path(args.out) / "config.json").is_file():
+        problems = unusable(images, cli.progress)
+        for problem in problems[:20]:
+            print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
+        if problems:
+            raise UserError(f"{len(problems)} of {len(images)} pictures of {args.images} cannot be trained on; mend "
+                            "them, or take them out of metadata.jsonl")
     unet, concept, alphas_cumprod = pipeline.unet, model.concept, pipeline.alphas_cumprod.to(device)
     drawing = Drawing(height=args.height, width=args.width, steps=20).for_model(pipeline)
     linear = [*concept.global_proj.parameters(), *concept.patch_proj.parameters()]

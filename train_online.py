@@ -24,6 +24,7 @@ import cli
 # isort: split
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,7 +128,6 @@ OF_METHODS = tuple(dict.fromkeys(name for method in METHODS.values() for name in
 MAY_CHANGE = ("model", "prompts", "init_lora", "category", "limit")
 NOTED = (*MAY_CHANGE, "scorer", "judge", "method", "rank", "alpha", "warmup", "seed", "height", "width", "optimizer",
          "max_grad_norm", "dtype", "prediction_type", "lr_schedule", "ema")
-PREVIEWED = 750        # SPO: from this t on a latent tells what it will be
 
 
 def parse_args():
@@ -240,9 +240,13 @@ class Policy:
         uncond, cond = contexts
         eps_fn = guided_eps(self.pipeline.unet, cond, uncond, self.drawing.guidance)
         self.unet_rows += len(x_t) * (2 if self.drawing.guidance > 1 else 1) * (3 if learn else 1)
-        lora = lora_disabled(self.pipeline.unet) if reference else contextlib.nullcontext()
-        with torch.set_grad_enabled(learn or self.compiled), lora:
-            eps = eps_fn(x_t, t) if keep else checkpoint(eps_fn, x_t, t, use_reentrant=False, preserve_rng_state=False)
+
+        def predicted(x_t: Tensor, t: Tensor) -> Tensor:       # without the LoRA in the backward pass, too
+            with lora_disabled(self.pipeline.unet) if reference else contextlib.nullcontext():
+                return eps_fn(x_t, t)
+        with torch.set_grad_enabled(learn or self.compiled):
+            eps = predicted(x_t, t) if keep else checkpoint(
+                predicted, x_t, t, use_reentrant=False, preserve_rng_state=False)
         return eps if learn else eps.detach()
 
     def log_probs(self, eps: Tensor, step: Step) -> Tensor:
@@ -272,13 +276,13 @@ def draw_rollout(policy: Policy, contexts: Tensor, x: Tensor, generators: list[t
 def draw_candidates(
     policy: Policy, contexts: Tensor, x: Tensor, generators: list[torch.Generator], candidates: int, score: Callable,
 ) -> tuple[Tensor, list]:
-    """As `draw_rollout`, by SPO: of every step from t = 750 on K candidates, scored by the pictures that they imply;
-    one of them, drawn at random, is gone on from. score(latents) -> (R,)."""
-    steps, alphas_cumprod = [], policy.alphas_cumprod
-    for pair in rollout_timesteps(policy.drawing.steps, policy.scheduler):
+    """As `draw_rollout`, by SPO: of every step but the first fifth, which are too noisy to tell, K candidates, scored
+    by the pictures that they imply; one of them, drawn at random, is gone on from. score(latents) -> (R,)."""
+    steps, alphas_cumprod, pairs = [], policy.alphas_cumprod, rollout_timesteps(policy.drawing.steps, policy.scheduler)
+    for i, pair in enumerate(pairs):
         t, t_prev = (torch.full((len(x),), one, device=x.device) for one in pair)
         mean, sigma = step_distribution(policy.predict(x, t, contexts), x, t, t_prev, alphas_cumprod)
-        k = candidates if pair[0] <= PREVIEWED else 1
+        k = candidates if i >= max(1, len(pairs) // 5) else 1
         x_prev = torch.stack([mean + sigma * policy.noise(generators) for _ in range(k)])        # (K, R, 4, h, w)
         chosen = torch.cat([torch.randint(k, (1,), generator=g) for g in generators]).to(x.device)
         if k > 1:
@@ -327,11 +331,11 @@ def learn(
         if method.candidates:
             given["scores"] = steps[0].scores
         loss, more = method.loss(options, **given)
-        loss = more.get("kept", batch.decided) * loss          # what its mean leaves out counts, without a gradient
         if kl_weight:
             gains = [eps_gain(step.t, step.t_prev, policy.alphas_cumprod) for step in steps]
             far = torch.stack([kl_to_reference(*ends, kl, gain) for *ends, gain in zip(eps, eps_ref, gains)]).mean()
             loss, more = loss + kl_weight * far, more | {"kl": far.detach()}
+        loss = more.get("kept", batch.decided) * loss          # what its mean leaves out counts, without a gradient
         (share / len(parts) * loss).backward()
         logs = add(logs, {"loss": loss.detach(), **more}, 1 / len(parts))
     return logs
@@ -341,19 +345,20 @@ def learn(
 
 def draw_with_gradient(
     policy: Policy, contexts: Tensor, x: Tensor, steps: range, first: int, eta: float,
-    generators: list[torch.Generator], kl_weight: float,
+    generators: list[torch.Generator], kl_weight: float, implied: bool,
 ) -> tuple[Tensor, Tensor]:
     """x (R, 4, h, w), as noisy as the first of `steps` has it -> latents, and the mean distance of eps to the
-    reference's. DDIM's steps from number `first` on have a gradient, each computed again in the backward pass. Where
-    the last is not the sampler's, the latents are the x0 that it implies."""
+    reference's. DDIM's steps from number `first` on have a gradient, each computed again in the backward pass; through
+    x it goes into the distance as well. With `implied` the latents are the x0 that the last step implies."""
     scheduler, alphas_cumprod, far = policy.scheduler, policy.alphas_cumprod, []
     ts = timesteps(policy.drawing.steps, scheduler)
     for i in steps:
         t = torch.full((len(x),), ts[i], device=x.device)
         eps = policy.predict(x, t, contexts, learn=i >= first, keep=i < first).float()
         if i >= first and kl_weight:
-            far.append(kl_to_reference(eps, policy.predict(x.detach(), t, contexts, reference=True).float()).mean())
-        if i == steps[-1] < len(ts) - 1:
+            eps_ref = policy.predict(x, t, contexts, x.requires_grad, not x.requires_grad, reference=True)
+            far.append(kl_to_reference(eps, eps_ref.float()).mean())
+        if implied and i == steps[-1]:
             x = x0_from_eps(eps, x, ts[i], alphas_cumprod)
         else:
             noise = policy.noise(generators) if eta else None
@@ -389,7 +394,8 @@ def reward_gradient(
             t = torch.full((len(x),), timesteps(n, policy.scheduler)[-1], device=x.device)
             x = add_noise(told[0][0], policy.noise(generators), t, policy.alphas_cumprod)
         latents, far = draw_with_gradient(
-            policy, contexts, x, steps, steps[-1] if i else first, eta, generators, args.kl_weight)
+            policy, contexts, x, steps, steps[-1] if i else first, eta, generators, args.kl_weight,
+            implied=args.method == "refl")
         pixels = checkpoint(partial(decode, policy.pipeline), latents, use_reentrant=False, preserve_rng_state=False)
         pixels = (pixels / 2 + 0.5).clamp(0, 1)                # (R, 3, H, W)
         rewards = reward(pixels, prompts)
@@ -418,7 +424,11 @@ def main() -> None:
     args = parse_args()
     method = METHODS[args.method]
     rank, world = cli.rank_and_world()
-    device, dtype = cli.device_and_dtype(args.device, args.dtype)
+    again = method.loss is not None and method.loss.takes("log_probs_old") and args.updates * args.epochs > 1
+    device, dtype = cli.device_and_dtype(args.device, "float32" if again and args.dtype == "auto" else args.dtype)
+    if again and dtype != torch.float32 and rank == 0:
+        print("warning: a step learns from its pictures more than once, and bfloat16 rounds their ratios by more than "
+              "the clip, which then chooses at random; take --dtype float32", file=sys.stderr)
     gloo = join_processes(device, world)
     with files_read() as files:
         pipeline = load_pipeline(args.model, device, dtype, args.vae, args.prediction_type)
@@ -516,8 +526,6 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args.lr, args.lr_schedule, args.warmup, step, args.steps)
             policy.unet_rows, batches, told, logs = 0, [], [], {}
-            begin = seeded("where the gradient begins", args.seed, step)
-            first = 0 if method.loss else where_it_begins(args.method, args.gradient_steps, drawing.steps, begin)
             for micro in range(args.grad_accum):
                 chosen, numbers = prompts_of(step, micro, rank)
                 texts = [prompts[k] for k in chosen]
@@ -526,6 +534,8 @@ def main() -> None:
                     batches.append(batch)
                     rewards = batch.rewards
                 else:
+                    begin = seeded("where the gradient begins", args.seed, numbers[0])
+                    first = where_it_begins(args.method, args.gradient_steps, drawing.steps, begin)
                     rewards, images, more = reward_gradient(
                         policy, texts, *first_noise(numbers), scorer, args, first, 1 / args.grad_accum)
                     logs = add(logs, more, 1 / args.grad_accum)

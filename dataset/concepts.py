@@ -3,6 +3,7 @@ with the pictures of their people (`subjects`).
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -59,6 +60,20 @@ def read_concept_images(folder: Path) -> list[ConceptImage]:
     if not images:
         raise UserError(f"{file}: no picture in it")
     return images
+
+
+def unusable(images: list[ConceptImage], progress: Callable) -> list[str]:
+    """What is wrong with pictures and masks that cannot be trained on. All are opened, several at once."""
+    def problem(image: ConceptImage) -> str | None:
+        try:
+            image.subject()
+        except UserError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as threads:
+        found = threads.map(problem, images)
+        return [said for said in progress(found, len(images), "looking at the pictures") if said]
 
 
 def digest_of_images(images: list[ConceptImage]) -> str:

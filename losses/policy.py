@@ -73,11 +73,11 @@ def dpok_loss(
 
 def kl_to_reference(eps: Tensor, eps_ref: Tensor, kl: str = "eps_mse", gain: Tensor | None = None) -> Tensor:
     """How far a step of the policy is from the frozen reference's: eps, eps_ref (B, C, H, W), guided as the rollout was
-    -> (B,).
+    -> (B,). Both have their gradients: eps_ref may depend on the policy by the x_t that it went to.
 
         mean_CHW (eps - eps_ref)^2               "eps_mse", DPOK's official code's
         gain^2 / 2 * mean_CHW (eps - eps_ref)^2  "gaussian": that of the two steps' distributions, by element, as the
                                                  log-probabilities are; gain (B,) is `sampling.eps_gain`
     """
-    divergence = squared_error(eps, eps_ref.detach())
+    divergence = squared_error(eps, eps_ref)
     return divergence if kl == "eps_mse" else gain**2 / 2 * divergence

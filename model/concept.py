@@ -178,7 +178,8 @@ class ConceptModel:
 
     def without_placeholder(self, prompt: str) -> str:
         """What a scorer reads in place of a prompt: "a photo of a person" for "a photo of a sks person"."""
-        return re.sub(rf"\b{re.escape(self.placeholder)}\b\s*", "", prompt).strip()
+        found = rf"(?<!\w){re.escape(self.placeholder)}(?!\w)\s*"                 # as the tokenizer, in any case
+        return re.sub(found, "", prompt, flags=re.IGNORECASE).strip()
 
     def showing(self, patches: Tensor) -> contextlib.AbstractContextManager:
         """Within the block the U-Net sees patches (B, P, C)."""
@@ -186,9 +187,9 @@ class ConceptModel:
 
 
 def cut_out(picture: Image.Image, where: str = "a picture of the concept") -> Image.Image:
-    """The square around what the alpha channel keeps of a picture, on grey; without one, the whole picture. UserError
-    where it keeps too little to be a person."""
-    if "A" not in picture.getbands():
+    """The square around what the alpha channel keeps of a picture, on grey; the whole picture where there is none, or
+    where it keeps all. UserError where it keeps too little to be a person."""
+    if "A" not in picture.getbands() or picture.getchannel("A").getextrema()[0] == 255:
         return picture.convert("RGB")
     alpha = picture.getchannel("A").point(lambda value: 255 * (value > 127))
     share = alpha.histogram()[255] / (picture.width * picture.height)

@@ -3,6 +3,7 @@ split as train.py is; drawn with, judged, and refused where something is missing
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -174,7 +175,10 @@ def test_the_placeholder_alone_is_replaced(pipeline, tiny_scorer):
     place = 1 + PROMPT.split().index("sks")                    # each of these words is a token of CLIP's
     assert torch.equal(said[place], feature)
     assert torch.equal(said[torch.arange(77) != place], context[torch.arange(77) != place])
-    assert model.without_placeholder("a sks person, sks, with skss hair") == "a person, , with skss hair"
+    assert model.without_placeholder("A SKS person, sks, with skss hair") == "A person, , with skss hair"
+    model.placeholder = "<sks>"
+    assert model.without_placeholder("a <sks> person, as <SKS>") == "a person, as"
+    model.placeholder = "sks"
     for prompt in ("a photo of a person", "a skss person", "very " * 80 + "sks"):
         with pytest.raises(UserError, match="no 'sks' among the words"):
             model.say(context, prompt, feature, pipeline.tokenizer)
@@ -194,6 +198,7 @@ def test_a_person_is_cut_out():
     assert cut.size == (33, 33) and cut.mode == "RGB"
     assert cut.getpixel((16, 16)) == (255, 0, 0) and cut.getpixel((0, 0)) == GREY and cut.getpixel((32, 32)) == GREY
     assert cut_out(disc("red")) == disc("red")                 # without an alpha channel it is the whole picture
+    assert cut_out(disc("red").convert("RGBA")) == disc("red")                   # as it is with one that keeps all
     with pytest.raises(UserError, match="its alpha channel keeps 0.0% of it; a person covers 3% or more"):
         cut_out(Image.new("RGBA", (40, 40), (255, 0, 0, 0)))
 
@@ -332,6 +337,20 @@ def test_what_cannot_be_trained_on_is_one_line(change, words, options, images, p
     assert program(train_concept, *options, *more, "--steps", 1, "--out", tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert words in error and len(error.strip().splitlines()) == 1
+
+
+def test_pictures_that_cannot_be_trained_on_are_all_named_at_once(options, images, program, tmp_path, capsys):
+    """Before the run begins: once it has, its pictures may not change."""
+    folder = shutil.copytree(images, tmp_path / "images")
+    Image.new("L", (48, 48)).save(folder / "0-mask.png")
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:200])
+    run = [*options, "--images", folder, "--steps", 1, "--out", tmp_path / "run"]
+    assert program(train_concept, *run) == 2 and not (tmp_path / "run").exists()
+    *named, last = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train_concept.py")]
+    assert "0-mask.png: its alpha channel keeps 0.0% of it" in named[0] and "3.png: not a readable" in named[1]
+    assert "2 of 5 pictures of" in last and "metadata.jsonl" in last
+    shutil.copytree(images, folder, dirs_exist_ok=True)
+    assert program(train_concept, *run) == 0
 
 
 def test_a_mask_of_another_size_is_named(images):

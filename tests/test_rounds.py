@@ -34,7 +34,8 @@ def options(tiny, tiny_scorer, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a man\na woman\n")
     data = f"--prompts {prompts} --scorer {tiny_scorer} --pool-size 3 --steps 2 --images none"
-    return ["--model", tiny, "--data", data, "--train", "--lr 1e-2 --batch-size 2 --steps 2"]
+    # The rank is the first round's, and after it that of its LoRA.
+    return ["--model", tiny, "--data", data, "--train", "--lr 1e-2 --batch-size 2 --rank 2 --alpha=3 --steps 2"]
 
 
 def test_rounds_go_on_from_each_other(options, program, called, tmp_path):
@@ -53,7 +54,7 @@ def test_rounds_go_on_from_each_other(options, program, called, tmp_path):
         out / f"{n}/data/pairs-00000.jsonl").read_text().splitlines()), [])) for n in (0, 1)]
     assert not seeds[0] & seeds[1]
     settings = json.loads((out / "1/run/config.json").read_text())["options"]
-    assert settings["init_lora"] == str(out / "0/run/lora.safetensors")
+    assert settings["init_lora"] == str(out / "0/run/lora.safetensors") and settings["rank"] == 2
     files = {path: path.read_bytes() for path in out.rglob("*.safetensors")}
     assert program(rounds, *options, "--rounds", 2, "--out", out) == 0             # all is there: nothing changes
     assert {path: path.read_bytes() for path in out.rglob("*.safetensors")} == files
@@ -84,6 +85,7 @@ def test_bad_input_is_one_line(options, program, called, tmp_path, capsys):
     for more, said in (
             (["--data", "--out elsewhere"], "--data --out: is set for every round; leave it away"),
             (["--train=--init-lora=a.safetensors"], "--train --init-lora=a.safetensors: is set for every round"),
+            (["--train", "--loss sft --full"], "--train --full: rounds go on with a LoRA"),
             (["--train", "--lr '1e-3"], "No closing quotation"), (["--rounds", "0"], "--rounds 0: must be")):
         assert program(rounds, *options, *more, "--out", tmp_path / "online") == 2
         error = capsys.readouterr().err

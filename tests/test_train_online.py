@@ -40,7 +40,7 @@ ROWS = {                                       # of the U-Net for a picture of t
     "dpok": 2 * (2 + 2 * 3 + 2), "d3po": 2 * (2 + 2 * 3 + 2), "dense": 2 * (2 + 2 * 3 + 2),
     # Of four steps: two candidates of three, and nothing to predict for those of the last.
     "spo": 2 * (4 + 2 * 2 + 3 * 3 + 3),
-    "refl": 1 + 3, "draft": 2 * (1 + 3 + 3), "alignprop": 2 * (2 * 3 + 2)}
+    "refl": 1 + 3, "draft": 2 * (1 + 3 + 3), "alignprop": 2 * (2 * 3 + 1 + 3)}    # the reference's second step, too
 MORE = {
     "ddpo": ["--updates", 1], "grpo": ["--pictures", 2], "dpok": ["--epochs", 1],
     "spo": ["--candidates", 2, "--margin", 0, "--sampler-steps", 4], "refl": ["--lr", 1e-3],
@@ -331,18 +331,20 @@ def reward(pixels: Tensor, prompts: list[str]) -> Tensor:
     return 10 * (pixels[:, 0] * pixels[:, 1]).mean(dim=(1, 2)) + pixels[:, 2, 3].square().mean(dim=1)
 
 
-def drawn(world, first: int, last: int, eta: float, kl_weight: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Steps 0 to `last`, one graph from `first` on -> latents, the distance to the reference."""
+def drawn(
+    world, first: int, last: int, eta: float, kl_weight: float = 0.0, implied: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Steps 0 to `last`, one graph from `first` on -> latents, or the x0 that they imply; the distance to the
+    reference."""
     x, noise, far = world.x, generators(), []
     for i, (t, t_prev) in enumerate(TIMES[:last + 1]):
         with torch.set_grad_enabled(i >= first):
             eps = eps_of(world, x, t)
             if i >= first:
-                with lora_disabled(world.policy.pipeline.unet), torch.no_grad():
-                    far.append((eps_of(world, x.detach(), t) - eps.detach() * 0).detach())
-                far[-1] = (eps - far[-1]).square().mean()
+                with lora_disabled(world.policy.pipeline.unet):
+                    far.append((eps - eps_of(world, x, t)).square().mean())
             x0, mean, sigma = step_of(world, eps, x, t, t_prev, eta)
-            if i == last < 3:
+            if implied and i == last:
                 x = x0
             else:
                 z = torch.cat([torch.randn((1, 4, 4, 4), generator=g) for g in noise]) if eta else 0
@@ -352,7 +354,8 @@ def drawn(world, first: int, last: int, eta: float, kl_weight: float = 0.0) -> t
 
 @pytest.mark.parametrize("method, first, eta, last, kl_weight", [
     ("draft", 0, 0.0, 3, 0.0), ("draft", 3, 0.0, 3, 0.0), ("draft", 2, 0.0, 3, 0.7),
-    ("alignprop", 0, 1.0, 3, 0.0), ("refl", 2, 1.0, 2, 0.0)])
+    ("alignprop", 0, 1.0, 3, 0.0), ("alignprop", 0, 1.0, 3, 50.0), ("refl", 2, 1.0, 2, 0.0),
+    ("refl", 3, 1.0, 3, 0.0)])
 def test_the_gradient_of_the_reward_is_autograds(method, first, eta, last, kl_weight, world):
     """Through as many of the sampler's last steps as are asked for, kept as one graph: all of them, or one; ReFL's
     picture is the x0 of the step where it stops."""
@@ -360,7 +363,7 @@ def test_the_gradient_of_the_reward_is_autograds(method, first, eta, last, kl_we
     told = []
     found = gradient_of(world, lambda: told.append(reward_gradient(
         world.policy, ["a cat", "a dog"], world.x, generators(), reward, args, first, 0.5)))
-    latents, far = drawn(world, first, last, eta, kl_weight)
+    latents, far = drawn(world, first, last, eta, kl_weight, method == "refl")
     rewards = reward(decoded(world, latents), [])
     wanted = gradient_of(world, lambda: (0.5 * (far - rewards.mean())).backward())
     assert_same(found, wanted)
@@ -548,7 +551,7 @@ def test_a_pair_shares_its_first_noise_alone(options, program, tmp_path, monkeyp
 
 
 def test_spo_compares_candidates_of_one_latent(world):
-    """From t = 750 on; each is scored by the x0 that it implies, and one of them is gone on from."""
+    """Of all but the first fifth; each is scored by the x0 that it implies, and one of them is gone on from."""
     asked = []
 
     def score(latents: Tensor) -> Tensor:
