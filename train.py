@@ -36,16 +36,7 @@ from training.memory import make_optimizer, save_memory
 from training.order import row_at, step_and_noise
 from training.parallel import any_process, average_gradients, join_processes
 from training.rate import SCHEDULES, learning_rate
-from training.run import (
-    append_log,
-    begun,
-    check_start,
-    log_lines,
-    model_card,
-    noted_signals,
-    resume,
-    save_checkpoint,
-)
+from training.run import append_log, begun, check_start, log_lines, model_card, noted_signals, resume, save_checkpoint
 from training.watch import watch
 
 OPTIONS = {name: option for loss in LOSSES.values() for name, option in loss.options.items()}
