@@ -12,7 +12,7 @@ VERSION = 1                                    # of a row's file
 BETA, LAMBDA_STAT = 1000, 400_000
 RATES = ("1.6e-5", "5e-5", "1.6e-4", "5e-4", "1.6e-3")
 CHOSEN = {
-    "dpo": "5e-4", "sft": "1.6e-5", "kto": "5e-4", "mapo": "5e-4", "orpo": "5e-4", "pro": "5e-4", "rwr": "5e-4"}
+    "dpo": "5e-4", "sft": "1.6e-5", "kto": "5e-4", "mapo": "5e-5", "orpo": "1.6e-5", "pro": "5e-4", "rwr": "1.6e-5"}
 # Losses whose gradient is another's up to a factor before the first step, which Adam does not see, take its rate; sdpo
 # does as well, whose losers alone have a factor.
 LIKE = dict.fromkeys(("hg-dpo", "ipo", "hinge", "cdpo", "rdpo", "sdpo"), "dpo") | {"dspo": "sft"}
