@@ -7,7 +7,8 @@
 
 OUT                     SQLite: a row a participant and pair, on the disk before the next pair is shown
 EXPORT/study.json       the candidate's win rates with 95 % intervals: of all answers, of majorities, of each person
-EXPORT/pairs.jsonl      a line a pair that has a majority: prompt, winner, loser, which lie in EXPORT/images/
+EXPORT/pairs.jsonl      a line a pair that was answered: prompt, winner, loser, which lie in EXPORT/images/; and tie,
+                        where there is no majority: train_scorer.py learns from it, build_dataset.py leaves it out
 
 Nothing on the page tells the sides apart: each participant has an order of pairs and sides of their own, addresses
 count the pairs as they are shown, and pictures are sent without the settings that generate.py writes into them.

@@ -11,7 +11,9 @@ One step: the pictures of some prompts -> score = exp(logit_scale) * cosine(text
 those of the start among them, are what is saved. The default settings are near those of PickScore and HPS v2.
 
 OUT                     --scorer OUT, and transformers' CLIPModel, read it
-OUT/report.json         held-out accuracy with its 95 % interval, held-out loss, calibration, counts, what was left out
+OUT/report.json         held-out accuracy with its 95 % interval, held-out loss, calibration, counts, what was left out;
+                        on the prompts that chose the weights, so that it flatters them a little (`evaluate.py
+                        --preference-accuracy` asks others)
 OUT/reliability.png, OUT/curves.png, OUT/log.jsonl; OUT/watch.jsonl, a line a look
 OUT/training.json, OUT/checkpoint/   what the same command goes on from, bit for bit; and the pictures, prepared
 """

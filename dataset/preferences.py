@@ -192,7 +192,8 @@ def pickapic_row(number: int, row: dict) -> Graded:
 
 
 def own_row(number: int, row: dict) -> Graded:
-    return number, row["prompt"], [(0, row["winner"]), (1, row["loser"])]
+    tied = row.get("tie") in (True, 1, "1", "true", "True")    # neither has won; the names only say which is which
+    return number, row["prompt"], [(0, row["winner"]), (0 if tied else 1, row["loser"])]
 
 
 def hpd_train_row(number: int, row: dict) -> Graded:
@@ -224,7 +225,8 @@ class PreferenceFormat:
 PREFERENCE_FORMATS = {
     "Pick-a-Pic": PreferenceFormat(
         ("caption", "jpg_0", "jpg_1", "label_0"), ("caption", "label_0", "has_label"), pickapic_row, True),
-    "one's own (prompt, winner, loser)": PreferenceFormat(("winner",), ("prompt", "winner", "loser"), own_row),
+    "one's own (prompt, winner, loser)": PreferenceFormat(
+        ("winner",), ("prompt", "winner", "loser", "tie"), own_row),
     "HPD-v2 train": PreferenceFormat(("human_preference",), ("prompt", "file_path", "human_preference"), hpd_train_row),
     "ImageRewardDB": PreferenceFormat(("prompt_id",), ("prompt", "prompt_id", "image_path", "rank"), imagereward_row),
     "HPD-v2 test": PreferenceFormat(("rank",), ("prompt", "image_path", "rank"), hpd_test_row)}

@@ -260,7 +260,8 @@ def rate(votes: list[int]) -> dict:
 
 def export(study: Study, path: Path, out: Path) -> tuple[list[list[str]], int]:
     """Writes study.json, and pairs.jsonl with its images. -> the rows of a table (whose answers, the candidate's win
-    rate, that with a tie as half a win, how many answers), and the number of pairs written.
+    rate, that with a tie as half a win, how many answers), and the number of decided pairs written. Those of which no
+    side has more answers are written as ties.
 
     `all` takes answers as independent. People who saw the same pair are not quite: its interval is then narrow, and
     that of `majority`, in which every pair counts once, is the one to go by.
@@ -283,18 +284,18 @@ def export(study: Study, path: Path, out: Path) -> tuple[list[list[str]], int]:
         "pairs": len(study.pairs), **rates, "participants": participants}
     write_text(out / "study.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     preferences = []
-    for pair in sorted(pair for pair in sums if sums[pair]):
+    for pair in sorted(sums):
         prompt, *sources = study.pairs[pair]
         files = [f"images/{side}/{source.name}" for side, source in zip(study.sides, sources)]
         for file, source in zip(files, sources):
             (out / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, out / file)
         winner, loser = files[::-1] if sums[pair] > 0 else files
-        preferences.append({"prompt": prompt, "winner": winner, "loser": loser})
+        preferences.append({"prompt": prompt, "winner": winner, "loser": loser} | ({} if sums[pair] else {"tie": True}))
     lines = [json.dumps(preference, ensure_ascii=False) + "\n" for preference in preferences]
     write_text(out / "pairs.jsonl", "".join(lines))
     table = [
         [name, percent_and_interval(one), f"{one['percent_ties_half']:.1f} %",
          str(one["wins"] + one["ties"] + one["losses"])]
         for name, one in [*rates.items(), *participants.items()]]
-    return table, len(preferences)
+    return table, sum(sums[pair] != 0 for pair in sums)

@@ -25,6 +25,7 @@ from dataset.preferences import (
     export_pickapic,
     read_images,
     read_pairs,
+    read_rankings,
 )
 from model.checkpoint import load_pipeline
 from model.errors import UserError
@@ -150,12 +151,15 @@ def test_imagereward_groups_by_prompt_id(tmp_path, form):
 def test_own_pairs(tmp_path, form):
     put(tmp_path, "a/red.png", "blue.jpeg")
     write_rows(tmp_path / "own.txt", [
-        {"prompt": 'a man, "tall"\nin a hat ', "winner": "a/red.png", "loser": "blue.jpeg", "prompt_id": "same"},
+        {"prompt": 'a man, "tall"\nin a hat ', "winner": "a/red.png", "loser": "blue.jpeg", "prompt_id": "same",
+         "tie": False},
         {"prompt": "half \udc00 gone" if form == "jsonl" else "half ? gone",
-         "winner": "blue.jpeg", "loser": "./a/red.png", "prompt_id": "same"}], form)
+         "winner": "blue.jpeg", "loser": "./a/red.png", "prompt_id": "same"},
+        {"prompt": "none is better", "winner": "blue.jpeg", "loser": "a/red.png", "prompt_id": "", "tie": True}], form)
     pairs = read_pairs(tmp_path / "own.txt")
     assert loaded(pairs) == [('a man, "tall"\nin a hat', "red", "blue"), ("half ? gone", "blue", "red")]
     assert [pair.row for pair in pairs] == ([1, 2] if form == "jsonl" else [3, 4])        # lines of the file
+    assert [len(set(ranking.grades)) for ranking in read_rankings(tmp_path / "own.txt")] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("form", ("json", "jsonl", "csv", "parquet"))
