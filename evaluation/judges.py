@@ -223,7 +223,6 @@ def measure(
     left_out: dict[str, str] = {}
     unreadable: set[str] = set()
     answered = {side: read_scores(out, side) for side in sides}
-    (out / "partial").mkdir(exist_ok=True)
     judge = None
     for name, load in judges.items():
         judge = None                           # before the next is loaded: one in memory at a time
@@ -247,8 +246,10 @@ def measure(
                     if isinstance(answer, float) and not math.isfinite(answer):
                         raise UserError(f"{answer} for {side} {row['file']}")
                 lines = [json.dumps({"file": row["file"], name: answer}) for row, answer in zip(rows, answers)]
-                with open(out / "partial" / f"{side}.{job}.jsonl", "a", encoding="utf-8") as file:
-                    file.write("\n".join(["", *lines, ""]))
+                with in_turn(out):                             # another job may clear what it has joined
+                    (out / "partial").mkdir(exist_ok=True)
+                    with open(out / "partial" / f"{side}.{job}.jsonl", "a", encoding="utf-8") as file:
+                        file.write("\n".join(["", *lines, ""]))
         except Changed:
             raise
         except UserError as error:

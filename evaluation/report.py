@@ -137,7 +137,8 @@ def win_rates(report: dict, sides: list[str], scorers: list[str]) -> str:
     return (
         f'<h2>Win rates against {escape(sides[0])}</h2><div class="card bars">{"".join(parts)}<div class="bar"><span>'
         '</span><div class="ends"><span>0 %</span><span>50 %</span><span>100 %</span></div></div></div>'
-        '<p class="soft">With 95 % intervals (Wilson). One that reaches across 50 % leaves open who is better.</p>')
+        '<p class="soft">With 95 % intervals (Wilson; each picture counts for itself, those of one prompt, too). One '
+        'that reaches across 50 % leaves open who is better.</p>')
 
 
 def line(values: Sequence[float], low: float, high: float, attributes: str) -> str:

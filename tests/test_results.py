@@ -14,7 +14,7 @@ import train
 from benchmarks.results import __main__ as results
 from benchmarks.results import experiments, measures, parts, work
 from benchmarks.results.experiments import rises
-from benchmarks.results.page import read_rows, readme_table, with_table
+from benchmarks.results.page import contestants, read_rows, readme_table, with_table
 from benchmarks.results.parts import FULL, NUM_IMAGES, QUICK, Row, Scale
 from benchmarks.results.statistics import FIGURES, effect, interval, table, verdict
 from evaluation.statistics import wilson
@@ -188,8 +188,9 @@ def test_the_page_says_what_held_what_did_not_and_what_is_missing(tmp_path, prog
     assert row["judge"]["ci95"][0] < row["judge"]["percent"] < row["judge"]["ci95"][1]
     board = page[page.index("## Leaderboard"):page.index("## Commands")]
     names = [line.partition("[")[2].partition("]")[0] for line in board.split("\n") if line.startswith("| [")]
-    entered = set(found) & set(experiments.LEADERBOARD)
-    assert names == sorted(entered, key=lambda name: -found[name].figures["right"][0]) and "hg_dpo.py, " in board
+    entered = set(found) & contestants(FULL)
+    assert len(entered) == 6 and names == sorted(entered, key=lambda name: -found[name].figures["right"][0])
+    assert "hg_dpo.py, " in board and "; right -" in lines["statistic matching costs less than 5 points"]
     charts = {path.stem: ET.parse(path).getroot() for path in (tmp_path / "docs" / "results").iterdir()}
     circles = [element for element in charts["table3"].iter() if element.tag.endswith("circle")]
     assert len(circles) == 2 * len(wins)
@@ -239,13 +240,14 @@ def test_rows_of_the_full_scale():
         assert f"--baseline DIR/{base} " in evaluations[name]
         assert ("judge-clean" in evaluations[name]) == (row.validation or row.people)
         assert ("identity:" in evaluations[name]) == (" --concept " in evaluations[name]) == row.people
-    assert set(experiments.LEADERBOARD) <= rows.keys()
 
 
 def test_the_rates_in_use_are_those_that_the_search_chose():
     """By the rows that are committed, where a loss has all of its rows."""
     found = read_rows(results.ROWS, FULL)
     best = experiments.chosen({name: one.figures["scorer"][0] for name, one in found.items()})
+    offline = [loss for loss in parts.CHOSEN if loss not in parts.ONLINE]
+    assert len(offline) == 7 and set(offline) <= best.keys()   # all of their rows are committed
     assert {loss: parts.CHOSEN[loss] for loss in best} == best
 
 
@@ -262,7 +264,7 @@ def test_the_readmes_table_is_that_of_the_committed_rows():
 
 def test_a_program_that_fails_is_named_with_its_last_words(tmp_path):
     with pytest.raises(UserError, match="x: not_there.py ended with 2 .*No such file.*x.log has all"):
-        work.make_part(work.Part("x", "not_there.py --out DIR/x"), tmp_path)
+        work.make_part(work.Part("x", "not_there.py --out DIR/x"), tmp_path, "")
     assert not work.read_json(tmp_path / "x" / ".part.json")["finished"]
 
 
@@ -274,10 +276,15 @@ def test_a_part_of_other_settings_is_set_aside(tmp_path, monkeypatch):
         return 1.0
 
     monkeypatch.setattr(work, "call", call)
-    for command in ("x.py --lr 1", "x.py --lr 2"):
-        work.make_part(work.Part("runs/a-0", command), tmp_path)
+    judge = work.Part("evaluations/a-0", "y.py --compare a=DIR/runs/a-0/lora.safetensors")
+    for lr in (1, 2, 2):
+        some = [work.Part("runs/a-0", f"x.py --lr {lr}"), work.Part("runs/a-0-b", f"x.py --seed {lr}"), judge]
+        for part in some:
+            work.make_part(part, tmp_path, parts.made_from(part, some))
     assert (tmp_path / "runs" / "a-0" / "made").read_text() == "x.py --lr 2"
     assert [path.read_text() for path in tmp_path.glob("aside/*/runs/a-0/made")] == ["x.py --lr 1"]
+    assert len([*tmp_path.glob("aside/*/evaluations/a-0/made")]) == 1            # what is made from it goes, too
+    assert parts.made_from(judge, some) == parts.made_from(judge, [some[0], judge]) != parts.made_from(judge, [judge])
 
 
 def test_a_lock_is_held_by_one(tmp_path):

@@ -225,11 +225,11 @@ def accuracy(report: Path) -> dict:
     """The table of evaluate.py --preference-accuracy."""
     rates = read_json(report, preference_accuracy=dict, pairs=int)["preference_accuracy"]
     names = {name: name.rpartition("results/")[2] for name in rates}             # of folders the end
-    lines = [[names[name], "{:.1f} ({:.1f} to {:.1f})".format(rate["percent_ties_half"], *rate["ci95"])]
+    lines = [[names[name], "{:.1f} ({:.1f} to {:.1f})".format(rate["percent"], *rate["ci95"])]
              for name, rate in rates.items()]
-    return {"head": ["", "agrees with the judge, %"], "lines": lines, "claims": [
+    return {"head": ["", "agrees with the judge, %, ties left out"], "lines": lines, "claims": [
         {"text": f"{names[name]} agrees with the judge more often than chance", "paper": "", "above": 50.0,
-         "effect": [rate["percent_ties_half"], *rate["ci95"]]} for name, rate in rates.items() if name != "judge"]}
+         "effect": [rate["percent"], *rate["ci95"]]} for name, rate in rates.items() if name != "judge"]}
 
 
 MEASURES = {"accuracy": accuracy, "fig5b": fig5b, "preview-gap": preview_gap, "lambda": lambda_rule, "bands": bands}

@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evaluation.statistics import HSV
@@ -15,7 +15,6 @@ from model.files import write_text
 
 from .chart import chart, course_chart
 from .experiments import (
-    LEADERBOARD,
     README,
     Claim,
     Experiment,
@@ -26,7 +25,18 @@ from .experiments import (
     measure_parts,
     measures,
 )
-from .parts import CHOSEN, FULL, NUM_IMAGES, Scale, parts_of, settings_digest, shared_parts
+from .parts import (
+    CHOSEN,
+    FULL,
+    NUM_IMAGES,
+    ONLINE,
+    ONLINE_RATES,
+    RATES,
+    Scale,
+    parts_of,
+    settings_digest,
+    shared_parts,
+)
 from .statistics import FIGURES, RESAMPLES, effect, interval, table, verdict
 from .work import measure_file, read_measure, read_row
 
@@ -46,14 +56,17 @@ Win rates are against the model as it is, from the same seeds, with ties left ou
 is another network, which took no part in the training. The RGB shift is the length of the change of the mean red, green
 and blue. **The intervals (95 %) cover training seeds and test prompts**: both are drawn again {resamples:,} times, a
 prompt with its {images} pictures, the same draws for all rows of a claim. They do not cover what is made once: the
-pool, the checkpoint, scorer and judge. Three seeds tell little of their own spread; with one seed an interval covers
-prompts alone. A length cannot be negative: the interval of a small shift lies mostly above it.{few}
+pool, the checkpoint, scorer and judge. Three seeds tell little of their own spread: where it is larger than that of the
+prompts, as with colours, an interval is about the range of the three, which misses the mean of all seeds one time in
+four. With one seed an interval covers prompts alone. A length cannot be negative: the interval of a small shift lies
+mostly above it.{few}
 
 A claim says that an effect lies above a threshold, 0 unless another is given: a slope, by how much a figure rises (or
 falls, where that is the claim) from one row to the next, or a difference of two rows, such as what a shift is cut by.
-It is **held** where the whole interval lies above, **not held** where it lies below, and else **within noise**; in
-brackets where it has fewer than 3 seeds, and so says nothing of another training. Of twenty such intervals one misses
-by chance.
+It is **held** where the whole interval lies above, **not held** where it lies below, and else **within noise** (of a
+cost that is there for sure, and perhaps larger than its margin: of the margin); in brackets where it has fewer than 3
+seeds or is measured on one training, and so says nothing of another. A claim is judged by one figure, beside which the
+others stand: there are many claims, and no correction for their number.
 
 {made}
 """
@@ -174,16 +187,29 @@ def verdicts(found: dict[str, Found], measured: dict[str, dict], scale: Scale) -
             ours = shown(values, FIGURES[claim.figure].digits, "+") if values else "rows are missing"
             ours += f", above {claim.above:g}" if claim.above else ""
             ours += f", {len(seeds)} of {experiment.seeds} seeds" if 0 < len(seeds) < experiment.seeds else ""
+            said = f"{said} of the margin" if said == "within noise" and claim.above < 0 and values[2] < 0 else said
             lines.append([f"[{experiment.name}](#{experiment.name})", claim.text, claim.paper, ours,
-                          f"**{said}**" if len(seeds) >= experiment.seeds else f"({said})" if said else ""])
+                          others(claim, found), f"**{said}**" if len(seeds) >= 3 else f"({said})" if said else ""])
     for name, one in measured.items():
         for claim in one["claims"]:
             value, low, high = claim["effect"]
             ours = f"{value:+.2g} ({low:+.2g} to {high:+.2g})"
             ours += f", above {claim['above']:g}" if claim["above"] else ""
             said = verdict(low, high, claim["above"])
-            lines.append([f"[{name}](#{name})", claim["text"], claim["paper"], ours, f"**{said}**"])
-    return markdown(["", "claim", "the paper", "effect here", "verdict"], lines)
+            trained = any(part.startswith("runs/") for part in one["seconds"])
+            lines.append([f"[{name}](#{name})", claim["text"], claim["paper"], ours, "",
+                          f"({said})" if trained else f"**{said}**"])
+    return markdown(["", "claim", "the paper", "effect here", "by the other figures", "verdict"], lines)
+
+
+def others(claim: Claim, found: dict[str, Found]) -> str:
+    """The same effect by those of the three figures of quality that the claim is not about."""
+    quality, cells = ("scorer", "judge", "right"), []
+    for figure in quality if claim.figure in quality and set(claim.weights.values()) != {1.0} else ():
+        values = judged(replace(claim, figure=figure), found)[1]
+        if figure != claim.figure and values:
+            cells.append(f"{figure} {shown(values, FIGURES[figure].digits, '+')}")
+    return "; ".join(cells)
 
 
 def rows_table(experiment: Experiment, found: dict[str, Found]) -> str:
@@ -221,15 +247,25 @@ def courses(experiment: Experiment, found: dict[str, Found]) -> dict[str, list[l
 def search_says(experiment: Experiment, found: dict[str, Found]) -> str:
     wins = {line.row.name: found[line.row.name].figures["scorer"][0]
             for line in experiment.lines if line.row.name in found}
-    return "".join(f"The best rate for {name} is {rate}" + (
-        ", which is the one in use.\n\n" if CHOSEN[name] == rate else f"; **{CHOSEN[name]} is in use.**\n\n")
-        for name, rate in chosen(wins).items())
+    text = ""
+    for name, rate in chosen(wins).items():
+        text += f"The best rate for {name} is {rate}"
+        if rate in (RATES[0], ONLINE_RATES[0] if name in ONLINE else RATES[0]):
+            text += ", the smallest that was tried: a smaller one may be better, and changes less"
+        text += ", which is the one in use.\n\n" if CHOSEN[name] == rate else f"; **{CHOSEN[name]} is in use.**\n\n"
+    return text
 
 
-def leaderboard(found: dict[str, Found]) -> str:
-    """Methods under one budget, the best first."""
+def contestants(scale: Scale) -> set[str]:
+    """The names of the rows that the leaderboard may have: those whose test is the same."""
+    return {line.row.name for experiment in experiments(scale).values() for line in experiment.lines
+            if not line.row.validation and not line.row.people}
+
+
+def leaderboard(found: dict[str, Found], scale: Scale) -> str:
+    """All rows on the test's prompts under one budget, the best first."""
     figure, lines = FIGURES["right"], []
-    for name in sorted(set(LEADERBOARD) & set(found), key=lambda name: -found[name].figures["right"][0]):
+    for name in sorted(contestants(scale) & set(found), key=lambda name: -found[name].figures["right"][0]):
         one = found[name]
         run = one.runs[min(one.runs)]
         if run["unet_rows"] <= BUDGET:
@@ -247,7 +283,8 @@ def leaderboard(found: dict[str, Found]) -> str:
     return (
         "## Leaderboard\n\nOne budget, one figure: with at most "
         f"{BUDGET:,} U-Net rows, pool and training together, how many pictures of the test prompts are right by the "
-        "judge. An entry is a loss in one file and a row in `benchmarks/results/experiments.py`; "
+        "judge; every row of the test's prompts that is within it. The first of a sorted list was lucky, too: look at "
+        "the intervals. An entry is a loss in one file and a row in `benchmarks/results/experiments.py`; "
         "[docs/extending.md](docs/extending.md) says how to add one.\n\n"
         + markdown(["", figure.heading, "U-Net rows", "seconds", "training, MB", "loss, lines", "commit",
                     "seeds"], lines))
@@ -301,7 +338,7 @@ def page(found: dict[str, Found], measured: dict[str, dict], scale: Scale) -> st
             table_of = measured.get(one.name)
             text += markdown(table_of["head"], table_of["lines"]) if table_of else "Missing.\n\n"
             text += "```\n" + "".join(f"python {part.command}\n" for part in measure_parts(one)[-1:]) + "```\n\n"
-    text += leaderboard(found)
+    text += leaderboard(found, scale)
     text += "## Commands\n\nDIR is `--out`. U-Net rows are what one seed of a row takes alone, its pool included (a "
     text += "backward pass counts as two); seconds leave out what all rows share. Most rows begin with\n\n```\n"
     text += "".join(f"python {part.command}\n" for part in shared_parts(scale)[:2]) + "```\n\n(the last for those of "

@@ -1,9 +1,16 @@
 """How a row of the results is made: its settings, its data and its training -> the parts, each a run of a program."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from losses import LOSSES
-from model.files import digest_of
+from model.builtin import BUILT_IN
+from model.files import digest, digest_of
+
+ROOT = Path(__file__).parents[2]
 
 VERSION = 1                                    # of a row's file
 
@@ -225,9 +232,28 @@ def parts_of(row: Row, seed: int, scale: Scale) -> list[Part]:
                          f"evaluate.py --baseline DIR/{base.name} {candidate} --scorers {','.join(scorers)}")]
 
 
+@cache
+def assets_digest() -> str:
+    """Of what every row is made with and no command names: the checkpoint with its scorer and judge, the prompts."""
+    folder = BUILT_IN["paper-people"].checkpoint
+    files = [*(path for path in sorted(folder.rglob("*")) if path.is_file()),
+             *sorted(folder.parent.glob("prompts_*.txt"))]
+    return digest_of([[str(path.relative_to(folder.parent)), digest(path)] for path in files])
+
+
 def settings_digest(parts: list[Part]) -> str:
-    """Of a row, by the parts that it is made of."""
-    return digest_of([VERSION, [part.command for part in parts]])
+    """Of a row, by the parts that it is made of, and the files that these read."""
+    commands = [part.command for part in parts]
+    named = [[name, digest(ROOT / name)] for name in (
+        [CONCEPT.split()[1]] if any(CONCEPT in command for command in commands) else [])]
+    return digest_of([VERSION, commands, assets_digest(), *named])
+
+
+def made_from(part: Part, parts: Iterable[Part]) -> str:
+    """The digest of a part's command, and of those of all parts, among `parts`, that it reads, and so on."""
+    def reads(name: str) -> bool:              # base is no part of base-validation
+        return name != part.name and re.search(rf"DIR/{re.escape(name)}\b(?!-)", part.command) is not None
+    return digest_of([part.command, sorted(made_from(one, parts) for one in parts if reads(one.name))])
 
 
 def unet_rows(row: Row, scale: Scale) -> int:

@@ -40,6 +40,7 @@ from .parts import (
     Part,
     Row,
     Scale,
+    made_from,
     parts_of,
     settings_digest,
     unet_rows,
@@ -89,14 +90,18 @@ def call(part: Part, out: Path, lock: IO) -> float:
     return usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)          # macOS counts bytes, Linux kilobytes
 
 
-def make_part(part: Part, out: Path) -> float:
-    """Runs a part's program, unless it has ended before. -> its seconds, without those of attempts killed -9."""
+def make_part(part: Part, out: Path, source: str) -> float:
+    """Runs a part's program, unless it has ended before. `source` is the digest of what the part is made from, see
+    `made_from`. -> its seconds, without those of attempts killed -9."""
     note = out / part.name / ".part.json"
     with alone(out / "locks" / part.name.replace("/", "-"), wait=True) as lock:
         before = read_json(note, command=str, seconds=float, finished=bool) if note.is_file() else {}
-        if before.get("finished") and before["command"] == part.command:
+        same = before and before["command"] == part.command and before.get("made_from", source) == source
+        if same and before["finished"]:
+            if "made_from" not in before:                      # of before it was noted
+                write_text(note, json.dumps(before | {"made_from": source}))
             return before["seconds"]
-        if before and before["command"] != part.command:       # of settings that are no longer in use
+        if before and not same:                                # of settings that are no longer in use
             aside = out / "aside" / digest_of(before)[:12] / part.name
             aside.parent.mkdir(parents=True, exist_ok=True)
             note.parent.replace(aside)
@@ -107,8 +112,8 @@ def make_part(part: Part, out: Path) -> float:
             megabytes = call(part, out, lock)
         finally:
             seconds = round(before.get("seconds", 0.0) + time.monotonic() - start, 1)
-            write_text(note, json.dumps({"command": part.command, "seconds": seconds, "megabytes": megabytes,
-                                         "finished": megabytes is not None}))
+            write_text(note, json.dumps({"command": part.command, "made_from": source, "seconds": seconds,
+                                         "megabytes": megabytes, "finished": megabytes is not None}))
     return seconds
 
 
@@ -253,7 +258,7 @@ class Job:
         return self.file.is_file() and self.read(self.file)["digest"] == settings_digest(self.parts)
 
     def make(self, out: Path) -> None:
-        seconds = {part.name: make_part(part, out) for part in self.parts}
+        seconds = {part.name: make_part(part, out, made_from(part, self.parts)) for part in self.parts}
         content = {
             "version": VERSION, "digest": settings_digest(self.parts), "seconds": seconds, "commit": commit(),
             "machine": machine(), "commands": [part.command for part in self.parts], **self.content(out)}
