@@ -89,8 +89,12 @@ def parse_args():
     args.source = given[0] if given else "--prompts"
     if args.human_only and not args.from_pairs:
         raise UserError("--human-only goes with --from-pairs")
-    if args.keep == "pool" and args.source in ("--from-pairs", "--from-images"):
-        raise UserError(f"--keep pool: {args.source} has no pools; leave it away")
+    of_pools = ("scorer", "pool_size", "winner_rank", "min_gap", "keep", "category")
+    for name in of_pools if args.source in ("--from-pairs", "--from-images") else ():
+        if getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')}: {args.source} has no pools to choose from; leave it away")
+    if args.export_pickapic and args.images == "none" and not is_finished(Path(args.out)):
+        raise UserError("--images none: --export-pickapic needs both pictures of a pair")
     if args.lora and args.source != "--prompts":
         raise UserError(f"--lora goes with drawing; {args.source} draws nothing")
     if args.preview_steps is not None:
@@ -183,15 +187,13 @@ def open_source(args) -> tuple[Source, dict, str]:
         if not args.scorer:
             return from_kept(Path(args.reselect), manifest, pool), options, ""
         device, _ = cli.device_and_dtype(args.device, args.dtype)
-        with files_read() as files:
-            scores = rescored(load_pipeline(manifest["model"], device), load_scorer(args.scorer, device))
-        return from_kept(
-            Path(args.reselect), manifest, pool, scores, digest_of_scorer(args.scorer, files)), options, ""
+        scores, digest = rescored(manifest, args.vae, args.scorer, device)
+        return from_kept(Path(args.reselect), manifest, pool, scores, digest), options, ""
     device, dtype = cli.device_and_dtype(args.device, args.dtype)
     with files_read() as files:
         pipeline = load_pipeline(args.model, device, dtype, args.vae, args.prediction_type)
     drawing = Drawing.of(options).for_model(pipeline)
-    options = options | asdict(drawing) | {"dtype": str(dtype).removeprefix("torch.")}
+    options = options | asdict(drawing) | {"dtype": cli.name_of(dtype)}
     model = {
         "model": args.model, "context_width": pipeline.context_width, "scaling_factor": pipeline.vae.scaling_factor,
         "latent": [4, drawing.height // pipeline.vae.downscale, drawing.width // pipeline.vae.downscale]}
@@ -240,8 +242,7 @@ def main() -> None:
         if dtype != options["dtype"]:                        # the line of a row that is unlike the others says so
             make = source.make
             source = replace(source, make=lambda k: ((made := make(k))[0] | {"dtype": dtype}, *made[1:]))
-        problems = make_rows(
-            out, rows, pending, source.prompts, source.make, source.texts, args.images, cli.progress)
+        problems = make_rows(out, rows, *pending, source.prompts, source.make, source.texts, args.images, cli.progress)
         with in_turn(out):
             summary = summarise(out, rows)
             if summary is None:

@@ -217,6 +217,11 @@ def device_and_dtype(name: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     return device, DTYPES[dtype]
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """As --dtype has it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def number_from_environment(name: str) -> int:
     if not os.environ.get(name, "").isdecimal():
         raise UserError(
@@ -247,6 +252,8 @@ def read_prompts(source: str, category: str | None = None) -> list[str]:
     """Prompts from a .txt (one a line), .jsonl (`prompt`), .tsv or .csv (column `Prompt` or `prompt`), or the word
     parti-people. Blank lines are left out; `category` keeps the rows of a table whose `Category` it is."""
     if source == "parti-people":
+        if category not in (None, "People"):
+            raise UserError(f"--category {category}: parti-people are those of the category People")
         from huggingface_hub import hf_hub_download
         try:
             source, category = hf_hub_download(*PARTI, repo_type="dataset"), "People"
@@ -257,21 +264,24 @@ def read_prompts(source: str, category: str | None = None) -> list[str]:
     path = Path(source)
     if not path.is_file():
         raise UserError(f"{path}: no such prompt file")
-    if category and path.suffix not in (".tsv", ".csv"):
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        raise UserError(f"{path}: a .json; expected .txt, .jsonl, .tsv or .csv")
+    if category and suffix not in (".tsv", ".csv"):
         raise UserError(f"{path}: --category needs a table (.tsv or .csv) with a column Category")
     text = read_text(path)
-    if path.suffix == ".jsonl":
+    if suffix == ".jsonl":
         lines = enumerate(text.split("\n"), 1)
         prompts = [parse_object(line, f"{path}:{n}", {"prompt": str})["prompt"] for n, line in lines if line.strip()]
-    elif path.suffix in (".tsv", ".csv"):
-        tab = path.suffix == ".tsv"
+    elif suffix in (".tsv", ".csv"):
+        tab = suffix == ".tsv"
         rows = csv.DictReader(
             io.StringIO(text), delimiter="\t" if tab else ",", quoting=csv.QUOTE_NONE if tab else csv.QUOTE_MINIMAL)
-        columns = rows.fieldnames or ()
-        column = next((name for name in ("Prompt", "prompt") if name in columns), None)
-        if columns and (column is None or (category and "Category" not in columns)):
-            raise UserError(f"{path}: its columns are {', '.join(columns)}; expected Prompt (and Category)")
         try:
+            columns = rows.fieldnames or ()
+            column = next((name for name in ("Prompt", "prompt") if name in columns), None)
+            if columns and (column is None or (category and "Category" not in columns)):
+                raise UserError(f"{path}: its columns are {', '.join(columns)}; expected Prompt (and Category)")
             prompts = [row[column] or "" for row in rows if not category or row["Category"] == category]
         except csv.Error as error:
             raise UserError(f"{path}:{rows.line_num}: {error}") from None

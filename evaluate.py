@@ -202,7 +202,7 @@ def make_rows(args, sides: list[Side], drawing: Drawing) -> tuple[list[dict], Dr
 
 
 def noted_options(args, drawing: Drawing, dtype: torch.dtype) -> dict:
-    options = vars(args) | asdict(drawing) | {"dtype": str(dtype).removeprefix("torch.")}
+    options = vars(args) | asdict(drawing) | {"dtype": cli.name_of(dtype)}
     return {name: value for name, value in options.items() if name not in NOT_NOTED}
 
 

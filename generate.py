@@ -173,7 +173,13 @@ def draw_all(
 
     def line_of(row: dict) -> dict:
         """With what was found while it was drawn; the picture has it."""
-        return row | json.loads(open_picture(out / row["file"]).info["hg-dpo"])["found"] if way else row
+        if not way:
+            return row
+        told = open_picture(out / row["file"]).info.get("hg-dpo")
+        if told is None:
+            raise UserError(f"{out / row['file']}: its notes are gone, by another program perhaps; remove it, and it "
+                            "is drawn again")
+        return row | json.loads(told)["found"]
 
     person = person_of(pipeline.concept) if pipeline.concept else None
     # A batch is drawn again unless all of it is there: in another batch a picture would be rounded differently.
@@ -243,7 +249,7 @@ def main() -> None:
     rows = [{"file": f"{n:05d}.png", "prompt": row["prompt"], "seed": args.seed + n * (args.best_of or 1), **row}
             for n, row in enumerate(shown)]
     out, manifest = Path(args.out), Path(args.out) / "generate.json"
-    options = vars(args) | asdict(drawing) | {"dtype": str(dtype).removeprefix("torch.")}
+    options = vars(args) | asdict(drawing) | {"dtype": cli.name_of(dtype)}
     options = {name: value for name, value in options.items()
                if name not in NOT_NOTED and (value not in (None, []) or name not in LATER)}
     way, note = None, {}

@@ -156,7 +156,7 @@ def main() -> None:
     average = [parameter.detach().clone() for parameter in parameters] if args.ema else []
     save_memory(unet, args.gradient_checkpointing, args.compile)
 
-    out = Path(args.out)
+    out, args.dtype = Path(args.out), cli.name_of(dtype)                       # what auto is here
     per_step = args.batch_size * args.grad_accum * world
     values = vars(args) | loss_options(args, data.latent_size) | {"data": " ".join(args.data)}
     options = {name: values[name] for name in loss_of.options}

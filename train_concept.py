@@ -110,7 +110,8 @@ def main() -> None:
 
     out, every = Path(args.out), list(range(len(images)))
     per_step = args.batch_size * args.grad_accum * world
-    settings = {name: getattr(args, name) for name in NOTED} | {"pictures_per_step": per_step}
+    settings = {name: getattr(args, name) for name in NOTED} | {"dtype": cli.name_of(dtype)}
+    settings |= {"pictures_per_step": per_step}
     settings |= {"steps": args.steps} if args.lr_schedule != "constant" else {}
 
     def save(step: int) -> None:

@@ -460,7 +460,7 @@ def main() -> None:
     out = Path(args.out)
     per_batch = args.batch_size * args.pictures                # pictures of a batch and process, R
     per_step = per_batch * args.grad_accum * world
-    values = vars(args) | {"height": drawing.height, "width": drawing.width}
+    values = vars(args) | {"height": drawing.height, "width": drawing.width, "dtype": cli.name_of(dtype)}
     own = {name: values[name] for name in method.all_defaults() if name not in ("batch_size", "grad_accum")}
     options = {name: own[name] for name in method.loss.options} if method.loss else {}
     settings = {name: values[name] for name in NOTED} | own | {"pictures_per_step": per_step}

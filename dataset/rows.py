@@ -177,14 +177,15 @@ def join_rows(out: Path, shard: int, numbers: range) -> bool:
 
 
 def make_rows(
-    out: Path, rows: int, pending: list[int], prompts: Callable[[int], str], make: Callable[[int], Row],
-    texts: Callable[[dict, str], dict | None], images: str, progress: Callable,
+    out: Path, rows: int, missing: list[int], failed: list[int], prompts: Callable[[int], str],
+    make: Callable[[int], Row], texts: Callable[[dict, str], dict | None], images: str, progress: Callable,
 ) -> list[str]:
-    """Makes the `pending` rows, and joins what shards they complete. -> what went wrong; a run of failures ends it."""
-    problems, in_a_row = [], 0
-    for number, after in progress(zip(pending, [*pending[1:], None]), len(pending), "prompts"):
+    """Makes the `missing` rows, then those that `failed` before, and joins what shards they complete. -> what went
+    wrong; a run of failures ends it, but for those that are no news."""
+    problems, in_a_row, pending = [], 0, [*missing, *failed]
+    for i, (number, after) in enumerate(progress(zip(pending, [*pending[1:], None]), len(pending), "prompts")):
         problem = make_row(out, number, prompts(number), make, texts, images)
-        in_a_row = in_a_row + 1 if problem else 0
+        in_a_row = in_a_row + 1 if problem and i < len(missing) else 0
         problems += [problem] if problem else []
         if in_a_row == IN_A_ROW:
             raise UserError(f"{IN_A_ROW} rows failed one after another, the last: {problem}")

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.checkpoint import Pipeline
+from model.checkpoint import Pipeline, load_pipeline
 from model.errors import UserError
-from model.files import digest_of, read_json
+from model.files import digest_all, digest_of, files_read, read_json
+from model.scorers import digest_of_scorer, load_scorer
 from sampling import Drawing, to_picture
 
 from .folder import open_manifest, write_manifest
@@ -43,12 +44,23 @@ def score_pool(scorer: Callable, images: list[Image.Image], prompt: str) -> list
     return scores.tolist()
 
 
-def rescored(pipeline: Pipeline, scorer: Callable) -> Callable[[str, list[int], Tensor], list[float]]:
-    """-> prompt, seeds, a pool's latents (N, 4, h, w) -> the scores of its pictures."""
+def rescored(
+    manifest: dict, vae: str | None, scorer_name: str, device: torch.device,
+) -> tuple[Callable[[str, list[int], Tensor], list[float]], str]:
+    """-> (prompt, seeds, a pool's latents (N, 4, h, w) -> the scores of its pictures), and the scorer's digest. The VAE
+    is that which the pool was drawn with, wherever it lies by now. UserError where it, or the model, is another."""
+    with files_read() as files:
+        pipeline = load_pipeline(manifest["model"], device, vae=vae or (manifest.get("options") or {}).get("vae"))
+    was, now = (manifest.get("inputs") or {}).get("model"), digest_all(files)
+    if was not in (None, now):
+        raise UserError(f"{manifest['model']}: it, or its --vae, is another one than the pool was drawn with")
+    with files_read() as files:
+        scorer = load_scorer(scorer_name, device)
+
     def scores(prompt: str, seeds: list[int], latents: Tensor) -> list[float]:
         latents = latents.to(pipeline.device, torch.float32)
         return score_pool(scorer, [to_picture(pipeline, *one) for one in zip(latents, repeat(prompt), seeds)], prompt)
-    return scores
+    return scores, digest_of_scorer(scorer_name, files)
 
 
 def from_kept(
@@ -108,13 +120,15 @@ def from_pictures(
 def begin_dataset(
     out: Path, options: dict, may_change: tuple[str, ...], source: Source, option: str, rows: int, part: int,
     parts: int,
-) -> list[int]:
-    """Begins the folder or goes on with it; -> the rows that this job is to make. Rows may be added; those that are
-    there stay. `option` is the one that names the source. `options` keep the dtype that the folder was begun with."""
+) -> tuple[list[int], list[int]]:
+    """Begins the folder or goes on with it; -> the rows that this job is to make, and those that failed before and are
+    to be tried again. Rows may be added; those that are there stay. `option` is the one that names the source.
+    `options` keep the dtype that the folder was begun with."""
     manifest = out / "dataset.json"
     before = open_manifest(manifest, options, source.inputs, (*may_change, "dtype"))
     if before:
-        read_json(manifest, finished=bool, rows=int, rows_from=(str, NoneType), files=(dict, NoneType))
+        read_json(manifest, finished=bool, rows=int, rows_from=(str, NoneType), files=(dict, NoneType),
+                  counts=(dict, NoneType))
         check_files(out, before)
     had = before.get("rows", 0)
     if rows < had:
@@ -122,16 +136,23 @@ def begin_dataset(
     if before and digest_of(source.names[:had]) != before.get("rows_from"):
         raise UserError(f"{out}: the first {had} rows of {option} are not those that it was begun with; rows may be "
                         "added at the end, else choose another --out")
-    missing, failed = pending_rows(out, rows)
     dtype = options["dtype"]
     options["dtype"] = before.get("options", {}).get("dtype", dtype)
+    other_dtype = UserError(f"{out}: begun with --dtype {options['dtype']}, and now it is {dtype}; only rows that "
+                            "failed may be drawn with another")
+    if before.get("finished") and (rows > had or (before.get("counts") or {}).get("failed")):
+        if dtype != options["dtype"] and rows > had:
+            raise other_dtype
+        # Before a shard is taken apart: from here on it is no finished dataset, whenever this is killed.
+        write_manifest(manifest, before["options"], before["inputs"], finished=False, rows=had,
+                       rows_from=before["rows_from"])
+    missing, failed = pending_rows(out, rows)
     if dtype != options["dtype"] and missing:
-        raise UserError(f"{out}: begun with --dtype {options['dtype']}, and now it is {dtype}; only rows that failed "
-                        "may be drawn with another")
+        raise other_dtype
     if not before or missing or failed:
         write_manifest(
             manifest, options, source.inputs, finished=False, rows=rows, rows_from=digest_of(source.names[:rows]))
     mine = [number for number in failed if number % parts == part]
     for number in mine:                        # no longer failed, but missing: no other job may finish without them
         row_files(out, number)[1].unlink()
-    return sorted([number for number in missing if number % parts == part] + mine)
+    return [number for number in missing if number % parts == part], mine

@@ -76,7 +76,6 @@ BETA = Option("strength of the pull to the reference (Eq. 3)", above=0)
 LAMBDA_STAT = Option(
     "weight of statistic matching (Eq. 8); the paper's is for 704x1024; auto is 10000 * 88 * 128 / (h * w) for latents "
     "of h x w: 27,500 for 512x512", least=0, auto=lambda_for)
-
 DISCOUNT = Option("of 50 sampler steps each counts this times the noisier one before it; 1 is off", above=0)
 WINNER_PENALTY = Option("of winners that become worse, as a share of beta; 0 is off", least=0)
 LABEL_SMOOTHING = Option("share of pairs taken to be labelled the wrong way round", least=0, below=0.5)

@@ -37,6 +37,8 @@ from .vae import VAE
 if TYPE_CHECKING:
     from .concept import ConceptModel
 
+SDXL_SCALE = 0.13025                           # of its VAE, whose tensors have SD1.5's names and shapes
+
 
 @dataclass
 class Pipeline:
@@ -232,6 +234,7 @@ def load_pipeline(
     if model in BUILT_IN and not Path(source).is_dir():
         raise UserError(f"{source}: the checkpoint is not there; make it, or get the repository again")
     vae_and_config = load_vae(vae, device) if vae is not None else None
+    scale = 0.18215                                            # of SD1.5's latents, where there is no config
     if Path(source).is_file():
         parts = read_single_file(Path(source), with_vae=vae is None)
         configs, tokenizer = {**ldm.SD15}, Tokenizer.clip()
@@ -252,6 +255,9 @@ def load_pipeline(
                 raise UserError(f"{folder / part}: this part of the checkpoint is missing; download it again")
             configs[part], parts[part], wheres[part] = read_part(folder, part, stem)
         tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+        check_added_tokens(tokenizer, folder / "tokenizer")
+        if vae is not None and (folder / "vae" / "config.json").is_file():
+            scale = vae_arguments(read_json(folder / "vae" / "config.json"), source)["scaling_factor"]
         configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     if prediction_type is not None:
         configs["scheduler"] = {**configs["scheduler"], "prediction_type": prediction_type}
@@ -276,9 +282,23 @@ def load_pipeline(
         vae_module = build_vae(configs["vae"], parts["vae"], wheres["vae"], device)
     else:
         vae_module, configs["vae"] = vae_and_config
+        if vae_module.scaling_factor == SDXL_SCALE != scale:
+            raise UserError(f"{vae}: SDXL's VAE, by its scaling factor of {SDXL_SCALE}; {source} has {scale:g}. Take "
+                            "one of SD1.5, such as stabilityai/sd-vae-ft-mse")
     return Pipeline(
         unet, vae_module, text_encoder, tokenizer, make_alphas_cumprod(configs["scheduler"]), configs, str(model),
         None if vae is None else str(vae))
+
+
+def check_added_tokens(tokenizer: Tokenizer, folder: Path) -> None:
+    """Refuses words that were added to a vocabulary, as textual inversion's are: they would be split into others."""
+    config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    words = [one.get("content") for one in config.get("added_tokens_decoder", {}).values()]
+    if (folder / "added_tokens.json").is_file():
+        words += read_json(folder / "added_tokens.json")
+    if added := [word for word in words if tokenizer.core.token_to_id(word) is None]:
+        raise UserError(f"{folder}: words were added to its vocabulary ({', '.join(added)[:60]}), as by textual "
+                        "inversion; that is not read here, take the model without them")
 
 
 def read_single_file(path: Path, with_vae: bool) -> dict[str, dict[str, Tensor]]:

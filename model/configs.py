@@ -133,14 +133,17 @@ def check_scheduler(config: dict, where: str) -> None:
     """Refuses a schedule that is not SD1.5's kind, by the key that says so."""
     fixed = {
         "num_train_timesteps": 1000, "rescale_betas_zero_snr": False, "thresholding": False,
-        "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
-        "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False, "use_flow_sigmas": False}
+        "solver_order": 2, "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False,
+        "use_flow_sigmas": False}
     choices = {
         "beta_schedule": ("scaled_linear", "linear"), "prediction_type": ("epsilon", "v_prediction"),
         "timestep_spacing": ("linspace", "leading", "trailing"), "final_sigmas_type": ("zero", "sigma_min")}
+    # What DEIS and UniPC have is DPM-Solver++'s here, as in diffusers when one is made into the other.
+    solvers = {"algorithm_type": ("dpmsolver++", "deis"), "solver_type": ("midpoint", "logrho", "bh1", "bh2")}
     for key, value in fixed.items():
         if config.get(key) not in (None, value):
             refuse(where, key, config[key], value)
+    choices |= {key: values for key, values in solvers.items() if config.get(key) is not None}
     for key, values in choices.items():
         if key in config and config[key] not in values:
             refuse(where, key, config[key], " or ".join(values))

@@ -107,10 +107,10 @@ def digest(path: Path) -> str:
     # ctime is there because cp -p and rsync carry mtime over; a fresh file may change again within its time's grain.
     key = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
     keep = stat.st_size >= LARGE and time.time() - stat.st_ctime > RACY
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hg-dpo" / "digests.json"
-    cached: dict = {}
+    cache, cached = None, {}
     if keep:
-        with contextlib.suppress(UserError, OSError):
+        with contextlib.suppress(UserError, OSError, RuntimeError):              # the last: there is no home
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hg-dpo" / "digests.json"
             cached = read_json(cache)
         if isinstance(cached.get(key), str):
             return cached[key]
@@ -118,7 +118,7 @@ def digest(path: Path) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             sha.update(block)
-    if keep:
+    if cache is not None:
         with contextlib.suppress(OSError):
             write_text(cache, json.dumps({**cached, key: sha.hexdigest()}, indent=0))
     return sha.hexdigest()

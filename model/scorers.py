@@ -355,15 +355,14 @@ def load_scorer(
 
 
 def digest_of_scorer(name: str, files: Iterable[Path]) -> str:
-    """Changes with the `files` that a scorer was read from, and with what else it is: the weights of a sum, and which
-    of those that one file has."""
-    terms = []
-    for weight, part in parse_sum(name):
-        own, entry = re.fullmatch(r".+\.py:(\w+)", part), entry_of(part)
-        plain = entry is None or entry.load is load_pickscore
-        terms.append([weight, own[1] if own else "" if plain else part.partition(":")[0]])
-    contents = digest_all(files)
-    return contents if terms == [[1.0, ""]] else digest_of([terms, contents])
+    """Changes with the `files` that a scorer was read from, and with what else it is: which of those that one file has;
+    a sum as it is written, for its files do not tell which has which weight."""
+    contents, terms = digest_all(files), parse_sum(name)
+    if len(terms) > 1 or terms[0][0] != 1:
+        return digest_of([terms, contents])
+    own, entry = re.fullmatch(r".+\.py:(\w+)", name), entry_of(name)
+    plain = entry is None or entry.load is load_pickscore
+    return contents if plain and not own else digest_of([own[1] if own else name.partition(":")[0], contents])
 
 
 def weighted_sum(parts: list[tuple[float, Callable]]) -> Callable:

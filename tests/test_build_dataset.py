@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 
 import build_dataset
 import generate
-from dataset import rows
+from dataset import rows, sources
 from dataset.folder import locked
 from dataset.pool import select
 from dataset.reader import Pairs
 from model.checkpoint import load_pipeline
 from model.errors import UserError
+from model.files import digest_of
 from model.scorers import load_scorer
 from pictures import read_parameters
 
@@ -169,6 +170,11 @@ def test_reselect_by_another_scorer_scores_the_kept_pictures_anew(whole, program
     assert len(list((out / "images").glob("*_03.png"))) == len(lines_of(out))
     assert program(build_dataset, *again[:2], *again[4:]) == 2                   # by the kept scores
     assert "--scorer has other contents" in capsys.readouterr().err
+    vae = shutil.copytree(Path(json.loads((whole / "dataset.json").read_text())["model"]) / "vae", tmp_path / "vae")
+    weights = load_file(vae / "diffusion_pytorch_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, vae / "diffusion_pytorch_model.safetensors")
+    assert program(build_dataset, *again[:-1], tmp_path / "by another VAE", "--vae", vae) == 2
+    assert "is another one than the pool was drawn with" in capsys.readouterr().err
     assert program(build_dataset, *again[:2], f"--scorer=-1*{own}:dark", *again[4:]) == 2    # the same file, turned
     assert "--scorer has other contents" in capsys.readouterr().err
     own.write_text(own.read_text().replace("-float", "float"))
@@ -398,6 +404,47 @@ class Killed(BaseException):
     pass
 
 
+def make_dataset(out: Path, count: int, make) -> list[str]:
+    """As the program does it, without a model."""
+    options, names = {"dtype": "float32"}, list(map(str, range(count)))
+    source = sources.Source(names, str, make, {}, {})
+    with locked(out):
+        missing, failed = sources.begin_dataset(out, options, (), source, "--prompts", count, 0, 1)
+        problems = rows.make_rows(
+            out, count, missing, failed, str, make, lambda *_: None, "pair", lambda items, *_: items)
+        summary = rows.summarise(out, count)
+        sources.write_manifest(out / "dataset.json", options, {}, finished=True, rows=count,
+                               rows_from=digest_of(names), **summary)
+    return problems
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--from-pairs", "x", "--scorer", "pickscore"], "--scorer: --from-pairs has no pools to choose from"),
+    (["--from-images", "x", "--min-gap", 0.5], "--min-gap: --from-images has no pools"),
+    (["--from-images", "x", "--keep", "pool"], "--keep: --from-images has no pools"),
+    (["--from-pairs", "x", "--pool-size", 7], "--pool-size: --from-pairs has no pools"),
+    (["--from-pairs", "x", "--images", "none", "--export-pickapic", "y"], "needs both pictures of a pair"),
+    (["--prompts", "parti-people", "--category", "Animals"], "parti-people are those of the category People")])
+def test_what_would_be_ignored_is_refused(words, said, program, tmp_path, capsys):
+    assert program(build_dataset, *words, "--out", tmp_path / "data") == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "data").exists()
+
+
+def test_rows_that_fail_again_hold_up_nothing(tmp_path):
+    """A block of bad rows ends the first run, for something may be amiss; the next goes on behind it, and ends."""
+    def make(k: int):
+        if 2 <= k < 14:
+            raise UserError("broken")
+        tensors = {"latents_w": torch.zeros(4, 2, 2), "context": torch.zeros(77, 3)}
+        return {"seeds": [0, 1], "scores": [1.0, 0.0], "winner": 0, "loser": 1}, tensors, {}
+
+    with pytest.raises(UserError, match="10 rows failed one after another"):
+        make_dataset(tmp_path, 20, make)
+    assert len(make_dataset(tmp_path, 20, make)) == 12
+    counts = json.loads((tmp_path / "dataset.json").read_text())["counts"]
+    assert (counts["rows"], counts["failed"]) == (8, 12)
+
+
 def test_killed_at_every_write_it_ends_the_same(tmp_path, monkeypatch):
     """Rows are made and joined, one fails and is tried again, more are added: whatever write, move or removal a kill
     comes before, the next run ends with the files of one that was left alone."""
@@ -415,6 +462,8 @@ def test_killed_at_every_write_it_ends_the_same(tmp_path, monkeypatch):
         monkeypatch.setattr(rows, name, counted(getattr(rows, name)))
     monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
 
+    monkeypatch.setattr(sources, "write_manifest", counted(sources.write_manifest))
+
     def work(out: Path, count: int, broken: bool) -> None:
         def make(k: int):
             if k == 1 and broken:
@@ -423,11 +472,7 @@ def test_killed_at_every_write_it_ends_the_same(tmp_path, monkeypatch):
             line = {"seeds": [0, 1], "scores": [1.0, 0.0], "winner": 0, "loser": 1}
             picture = Image.new("RGB", (8, 8), (k, 0, 0))
             return line, {"latents_w": tensor, "context": torch.full((77, 3), float(k))}, {"w": picture, "l": picture}
-        with locked(out):
-            missing, failed = rows.pending_rows(out, count)
-            rows.make_rows(
-                out, count, sorted(missing + failed), str, make, lambda *_: None, "pair", lambda items, *_: items)
-            (out / "said").write_text(json.dumps(rows.summarise(out, count)))
+        make_dataset(out, count, make)
 
     def whole_life(out: Path, kill_at: int) -> int:
         left[0] = kill_at

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -703,8 +704,25 @@ def test_a_vae_of_its_own_in_every_form(tiny, folder, plain, tmp_path):
         pipeline = load_pipeline(tiny, vae=source)
         assert (pipeline.vae.quant_conv.bias == 3.0).all() and pipeline.vae.scaling_factor == 0.5
         assert pipeline.configs["vae"]["scaling_factor"] == 0.5
+    edit(folder / "vae/config.json", scaling_factor=0.13025)
+    assert "SDXL's VAE, by its scaling factor of 0.13025" in refusal(load_pipeline, tiny, vae=folder)
     shutil.rmtree(folder / "vae")
     assert load_pipeline(folder, vae=tiny).vae.scaling_factor == 0.18215              # its own may then be missing
+
+
+def test_words_that_were_added_are_refused(folder):
+    """Textual inversion's: each would be split into others, and its learned vector never be used."""
+    load_pipeline(folder)
+    (folder / "tokenizer" / "added_tokens.json").write_text('{"<sks-man>": 49408, "<|startoftext|>": 49406}')
+    assert "words were added to its vocabulary (<sks-man>)" in refusal(load_pipeline, folder)
+
+
+def test_a_scheduler_of_deis_or_unipc_is_read_as_diffusers_makes_it_one_of_ours(folder):
+    for kind, more in ((diffusers.DEISMultistepScheduler, {}), (diffusers.UniPCMultistepScheduler, {})):
+        config = dict(kind(**more).config)
+        theirs = diffusers.DPMSolverMultistepScheduler.from_config(config)
+        assert (theirs.config.algorithm_type, theirs.config.solver_type) == ("dpmsolver++", "midpoint")
+        check_scheduler({key: config[key] for key in ("algorithm_type", "solver_type") if key in config}, "it")
 
 
 # What a single file is

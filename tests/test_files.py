@@ -1,5 +1,6 @@
 """Files: what a reader refuses, what a writer leaves behind, and digests that no change escapes."""
 
+import hashlib
 import json
 import os
 import resource
@@ -79,6 +80,18 @@ def test_a_digest_notices_every_change(tmp_path, monkeypatch):
     assert digest(path) != first
     (tmp_path / "cache" / "hg-dpo" / "digests.json").write_text("{")
     assert len(digest(path)) == 64
+
+
+def test_a_digest_needs_no_home(tmp_path, monkeypatch):
+    """A container's user may have none."""
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(files, "LARGE", 1)
+    monkeypatch.setattr(files, "RACY", -1.0)
+    (tmp_path / "weights").write_bytes(b"abc")
+    assert digest(tmp_path / "weights") == hashlib.sha256(b"abc").hexdigest()
 
 
 def test_a_digest_of_several_is_of_names_and_contents(tmp_path):

@@ -266,7 +266,7 @@ FILES = [
     ("p.tsv", PARTI, "People", ["an old man", "a child"]),
     ("p.csv", '\ufeffid,prompt,Category\n1,"a cat, asleep\nand ""warm""",Animals\n2,a man,People\n3\n', None,
      ['a cat, asleep\nand "warm"', "a man"]),
-    ("p.csv", "Category,Prompt\nPeople,a man\nAnimals,a cat\n", "People", ["a man"]),
+    ("p.CSV", "Category,Prompt\nPeople,a man\nAnimals,a cat\n", "People", ["a man"]),
 ]
 
 
@@ -291,6 +291,8 @@ BAD_FILES = {
     "number.jsonl": (b'{"prompt": 5}', "number.jsonl:1"),
     "list.jsonl": (b'["prompt"]', "list.jsonl:1"),
     "text.csv": (b"text,Category\na,b\n", "its columns are text, Category; expected Prompt"),
+    "head.csv": (b"a" * 200_000, "head.csv:0: field larger than field limit"),
+    "prompts.json": (b'["a cat", "a dog"]', "prompts.json: a .json; expected .txt, .jsonl, .tsv or .csv"),
     "quote.csv": (b'prompt\n"' + b"a" * 200_000, "quote.csv:1: field larger than field limit"),
 }
 

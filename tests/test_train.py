@@ -560,6 +560,7 @@ def test_a_lora_to_start_from_is_what_is_trained(options, program, tiny, tmp_pat
     mine, out = written("mine", ATTENTION_LINEARS), tmp_path / "run"
     assert program(train, *options, "--out", out, "--steps", 1, "--init-lora", mine) == 0
     assert "| rank | 3 |\n| alpha | 6.0 |" in (out / "README.md").read_text()
+    assert json.loads((out / "config.json").read_text())["options"]["dtype"] == "float32"          # what auto was
     assert {t.item() for name, t in lora(out).items() if name.endswith(".alpha")} == {6.0}
     text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_"
     more = {f"{text}down.weight": torch.ones(3, 32), f"{text}up.weight": torch.ones(32, 3)}
