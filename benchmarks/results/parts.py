@@ -19,10 +19,10 @@ VERSION = 1                                    # of a row's file
 BETA, LAMBDA_STAT = 1000, 400_000
 RATES = ("1.6e-5", "5e-5", "1.6e-4", "5e-4", "1.6e-3")
 CHOSEN = {
-    "dpo": "5e-4", "sft": "1.6e-5", "kto": "5e-4", "mapo": "5e-5", "orpo": "1.6e-5", "pro": "5e-4", "rwr": "1.6e-5"}
-# Losses whose gradient is another's up to a factor before the first step, which Adam does not see, take its rate; sdpo
-# does as well, whose losers alone have a factor.
-LIKE = dict.fromkeys(("hg-dpo", "ipo", "hinge", "cdpo", "rdpo", "sdpo"), "dpo") | {"dspo": "sft"}
+    "dpo": "5e-4", "sft": "1.6e-5", "kto": "5e-4", "mapo": "5e-5", "orpo": "1.6e-5", "pro": "5e-4", "rwr": "1.6e-5",
+    "sdpo": "1.6e-5"}
+# Losses whose gradient is another's up to a factor before the first step, which Adam does not see, take its rate.
+LIKE = dict.fromkeys(("hg-dpo", "ipo", "hinge", "cdpo", "rdpo"), "dpo") | {"dspo": "sft"}
 # Of methods that draw their own pictures: pictures a step, U-Net rows of a picture of 10 denoising steps
 # (docs/methods.md), and options. Each is given the rows that DPO takes with a pool of 20 for 160 prompts.
 ONLINE_ROWS = 160 * 20 * 10 * 2 + 60 * 32 * 2 * 4
