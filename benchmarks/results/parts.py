@@ -244,9 +244,8 @@ def assets_digest() -> str:
 def settings_digest(parts: list[Part]) -> str:
     """Of a row, by the parts that it is made of, and the files that these read."""
     commands = [part.command for part in parts]
-    named = [[name, digest(ROOT / name)] for name in (
-        [CONCEPT.split()[1]] if any(CONCEPT in command for command in commands) else [])]
-    return digest_of([VERSION, commands, assets_digest(), *named])
+    concept = [digest(ROOT / CONCEPT.split()[1])] if any(CONCEPT in command for command in commands) else []
+    return digest_of([VERSION, commands, assets_digest(), *concept])
 
 
 def made_from(part: Part, parts: Iterable[Part]) -> str:
