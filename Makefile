@@ -19,7 +19,7 @@ results: .venv/core
 
 # Two at a time, each with one thread: tests are too small for two.
 test: .venv/test
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # The numerics on the kernels of a processor without AVX-512 and AMX, with one thread.
 test-avx2: .venv/test

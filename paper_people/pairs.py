@@ -68,7 +68,8 @@ def unpack(out: Path) -> None:
         missing, _ = pending_rows(out, rows)
         if not before or missing:
             write_manifest(out / "dataset.json", options, inputs, finished=False, rows=rows)
-        make_rows(out, rows, missing, lambda k: lines[k]["prompt"], row, lambda line, name: None, "pair", cli.progress)
+        make_rows(
+            out, rows, missing, [], lambda k: lines[k]["prompt"], row, lambda line, name: None, "pair", cli.progress)
         write_manifest(out / "dataset.json", options, inputs, finished=True, rows=rows, **model, **summarise(out, rows))
 
 

@@ -33,6 +33,15 @@ SCHEDULER = dict(
     set_alpha_to_one=False, skip_prk_steps=True)
 
 
+# The files that take longest come first, so that the workers end together.
+LONGEST = ("test_train", "test_build_dataset", "test_evaluate", "test_generate", "test_train_online", "test_checkpoint",
+           "test_paper_people", "test_concept", "test_lora", "test_networks", "test_train_scorer", "test_results")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
