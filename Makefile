@@ -4,8 +4,8 @@ PYTHON ?= python3
 SMALL = --data demo/data --lr 5e-4 --beta 1000 --batch-size 32 --steps 60 --dtype bfloat16
 .PHONY: demo results test test-avx2 bench lint clean
 
-# The whole job in under five minutes. Drawing the pool takes the longest by far: for show it is drawn for six prompts, and
-# training goes on from the pairs of 640 prompts that ship with the checkpoint (paper_people/pairs.py).
+# The whole job, in four minutes on two cores. Drawing the pool takes the longest by far: for show it is drawn for six
+# prompts, and training goes on from the pairs of 640 prompts that ship with the checkpoint (paper_people/pairs.py).
 demo: .venv/core
 	.venv/bin/python build_dataset.py --limit 6 --steps 10 --out demo/pool
 	.venv/bin/python -m paper_people.pairs --out demo/data
