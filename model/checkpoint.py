@@ -257,7 +257,7 @@ def load_pipeline(
         tokenizer = Tokenizer.from_folder(folder / "tokenizer")
         check_added_tokens(tokenizer, folder / "tokenizer")
         if vae is not None and (folder / "vae" / "config.json").is_file():
-            scale = vae_arguments(read_json(folder / "vae" / "config.json"), source)["scaling_factor"]
+            scale = read_json(folder / "vae" / "config.json").get("scaling_factor", scale)
         configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     if prediction_type is not None:
         configs["scheduler"] = {**configs["scheduler"], "prediction_type": prediction_type}
@@ -283,8 +283,8 @@ def load_pipeline(
     else:
         vae_module, configs["vae"] = vae_and_config
         if vae_module.scaling_factor == SDXL_SCALE != scale:
-            raise UserError(f"{vae}: SDXL's VAE, by its scaling factor of {SDXL_SCALE}; {source} has {scale:g}. Take "
-                            "one of SD1.5, such as stabilityai/sd-vae-ft-mse")
+            raise UserError(f"{vae}: SDXL's VAE, by its scaling factor of {SDXL_SCALE}; {source} has {scale!r:.20}. "
+                            "Take one of SD1.5, such as stabilityai/sd-vae-ft-mse")
     return Pipeline(
         unet, vae_module, text_encoder, tokenizer, make_alphas_cumprod(configs["scheduler"]), configs, str(model),
         None if vae is None else str(vae))
@@ -293,10 +293,11 @@ def load_pipeline(
 def check_added_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     """Refuses words that were added to a vocabulary, as textual inversion's are: they would be split into others."""
     config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    words = [one.get("content") for one in config.get("added_tokens_decoder", {}).values()]
+    told = config.get("added_tokens_decoder")                  # id -> a token and how it is split off
+    words = [one.get("content") for one in told.values() if isinstance(one, dict)] if isinstance(told, dict) else []
     if (folder / "added_tokens.json").is_file():
-        words += read_json(folder / "added_tokens.json")
-    if added := [word for word in words if tokenizer.core.token_to_id(word) is None]:
+        words += read_json(folder / "added_tokens.json")       # token -> id
+    if added := [word for word in words if isinstance(word, str) and tokenizer.core.token_to_id(word) is None]:
         raise UserError(f"{folder}: words were added to its vocabulary ({', '.join(added)[:60]}), as by textual "
                         "inversion; that is not read here, take the model without them")
 

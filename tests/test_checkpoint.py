@@ -712,7 +712,9 @@ def test_a_vae_of_its_own_in_every_form(tiny, folder, plain, tmp_path):
 
 def test_words_that_were_added_are_refused(folder):
     """Textual inversion's: each would be split into others, and its learned vector never be used."""
-    load_pipeline(folder)
+    for damaged_by_hand in ([1], {"49408": "x", "49409": {"content": None}}, None):
+        edit(folder / "tokenizer" / "tokenizer_config.json", added_tokens_decoder=damaged_by_hand)
+        load_pipeline(folder)
     (folder / "tokenizer" / "added_tokens.json").write_text('{"<sks-man>": 49408, "<|startoftext|>": 49406}')
     assert "words were added to its vocabulary (<sks-man>)" in refusal(load_pipeline, folder)
 
