@@ -71,8 +71,8 @@ def unusable(images: list[ConceptImage], progress: Callable) -> list[str]:
             return str(error)
         return None
 
-    with ThreadPoolExecutor() as threads:
-        found = threads.map(problem, images)
+    with ThreadPoolExecutor() as threads:      # map begins with all that it is given, so some at a time
+        found = (said for i in range(0, len(images), 1024) for said in threads.map(problem, images[i:i + 1024]))
         return [said for said in progress(found, len(images), "looking at the pictures") if said]
 
 
