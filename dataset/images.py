@@ -99,8 +99,9 @@ def read_listing(path: Path, **more: type) -> list[dict]:
 def read_captions(path: Path) -> list[dict]:
     """{file, prompt} as scorers and people read them: where a picture was drawn of a person, so that its prompt has a
     concept's placeholder in it, its caption is its prompt."""
-    return [{"file": row["file"], "prompt": row.get("caption", row["prompt"])}
-            for row in read_listing(path, caption=(str, NoneType))]
+    rows = read_listing(path, concept_images=(list, NoneType), caption=(str, NoneType))
+    return [{"file": row["file"], "prompt": row["caption" if {"concept_images", "caption"} <= row.keys() else "prompt"]}
+            for row in rows]
 
 
 @torch.no_grad()

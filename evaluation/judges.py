@@ -231,7 +231,8 @@ def measure(
         try:
             with files_read() as files:
                 judge = load()
-            note_judge(out, sides, name, digest_all(files))
+            digest = digest_all(files)
+            note_judge(out, sides, name, digest)
             for side, chunk in progress(pending, len(pending), name):
                 rows, images = [], []
                 for row in chunk:
@@ -247,6 +248,8 @@ def measure(
                         raise UserError(f"{answer} for {side} {row['file']}")
                 lines = [json.dumps({"file": row["file"], name: answer}) for row, answer in zip(rows, answers)]
                 with in_turn(out):                             # another job may clear what it has joined
+                    if read_json(out / "evaluation.json", judges=dict)["judges"][name] != digest:
+                        raise Changed(f"{out}: another job asks another {name}; choose another --out")
                     (out / "partial").mkdir(exist_ok=True)
                     with open(out / "partial" / f"{side}.{job}.jsonl", "a", encoding="utf-8") as file:
                         file.write("\n".join(["", *lines, ""]))

@@ -25,8 +25,8 @@ import score
 import train_concept
 from dataset.concepts import augmented, read_concept_images
 from dataset.folder import write_manifest
-from dataset.images import open_picture
-from evaluation.judges import judge_identity, note_judge
+from dataset.images import open_picture, read_captions
+from evaluation.judges import judge_identity, measure, note_judge
 from evaluation.study import read_study
 from model.checkpoint import load_pipeline
 from model.concept import (
@@ -481,6 +481,28 @@ def test_faces_are_cut_out_by_their_landmarks(tmp_path):
     assert judge([open_picture(file) for file in files], people).tolist() == [-0.25, -0.25]
     assert distance.seen == [[(112, 112)] * 4]
     assert read == {*map(Path, concept), *(tmp_path / name / "landmarks.jsonl" for name in ("drawn", "concept"))}
+
+
+def test_a_caption_stands_in_for_a_prompt_of_people_alone(tmp_path):
+    """A list of one's own may have captions that mean something else."""
+    rows = [{"file": "a.png", "prompt": "a sks person", "caption": "a person", "concept_images": ["b.png"]},
+            {"file": "c.png", "prompt": "a cat", "caption": "IMG_1"}]
+    (tmp_path / "images.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["prompt"] for row in read_captions(tmp_path / "images.jsonl")] == ["a person", "a cat"]
+
+
+def test_jobs_that_ask_different_judges_do_not_mix(tmp_path):
+    """The judge's file changed between two jobs' starts, before either had an answer."""
+    write_manifest(tmp_path / "evaluation.json", {}, {}, sides={}, judges={})
+    row = {"file": "a.png", "prompt": "a"}
+
+    def judge(images, prompts):
+        note_judge(tmp_path, ["baseline"], "mine", "of the other job")
+        return [1.0]
+    with pytest.raises(UserError, match="another job asks another mine"):
+        measure(tmp_path, ["baseline"], [[row]], lambda side, row: disc("red"), {"mine": lambda: judge}, "0-of-2",
+                lambda items, *_: items)
+    assert not (tmp_path / "partial").exists()
 
 
 def test_who_has_said_nothing_yet_may_change(tmp_path):
