@@ -495,9 +495,20 @@ def longer(scale: Scale) -> Experiment:
         note="The paper does not say how long it trains. `mend` has what was tried.")
 
 
+def over_optimisation(scale: Scale) -> Experiment:
+    rows = {1: hg_dpo(scale), 2: hg_dpo(scale, "x2", times=2), 4: longer_row(scale, cosine=False),
+            8: hg_dpo(scale, "x8", times=8)}
+    return Experiment(
+        "over-optimisation", "The survey's over-optimisation: scorer and judge as HG-DPO goes on", "",
+        tuple(Line(f"{scale.train_steps * times} steps", row) for times, row in rows.items()),
+        charts=("scorer", "judge", "gap", "agree"),
+        figures=("scorer", "judge", "right", "gap", "agree", "colour"), seeds=1,
+        note="One seed at least; without a decay, which `longer` shows to keep the gain.")
+
+
 EXPERIMENTS = (
-    table3, table5, table6, table2, table1, table4, weight, guidance, previews, judges, longer, family, online,
-    own_scorers, search, search_online, why, mend, remedies)
+    table3, table5, table6, table2, table1, table4, weight, guidance, previews, judges, longer, over_optimisation,
+    family, online, own_scorers, search, search_online, why, mend, remedies)
 
 
 def experiments(scale: Scale) -> dict[str, Experiment]:

@@ -307,7 +307,9 @@ def commands(name: str, found: dict[str, Found]) -> str:
 
 def page(found: dict[str, Found], measured: dict[str, dict], scale: Scale) -> str:
     some = everything(scale)
-    wanted = {line.row.name: one.seeds for one in experiments(scale).values() for line in one.lines}
+    wanted: dict[str, int] = {}                                # by its name, the seeds that a row should have
+    for one in experiments(scale).values():
+        wanted |= {line.row.name: max(one.seeds, wanted.get(line.row.name, 0)) for line in one.lines}
     runs = [run for one in found.values() for run in one.runs.values()] + list(measured.values())
     machines = sorted({"{cpu}, {cores} cores, torch {torch}".format(**run["machine"]) for run in runs})
     total = math.fsum(seconds for _, seconds in {part for run in runs for part in own_seconds(run).items()})
