@@ -30,6 +30,7 @@ from .sides import Side
 from .statistics import percent_and_interval, wilson, win_rate
 
 LONGEST_NAME = 60
+LARGEST_ANSWER = 10_000                        # bytes of a form; the page's own have some hundreds
 STYLE = Path(__file__).with_name("study.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("study.js").read_text(encoding="utf-8")
 SCHEMA = (
@@ -155,6 +156,7 @@ def make_app(study: Study, path: Path, trusted: list[str] | None = None):
         raise UserError('the page needs Flask: pip install "hg-dpo[study]"') from None
     app = flask.Flask(__name__, static_folder=None, template_folder=".")
     app.config["TRUSTED_HOSTS"] = trusted      # else a page from elsewhere, its name led to 127.0.0.1, could read this
+    app.config["MAX_CONTENT_LENGTH"] = LARGEST_ANSWER      # else an upload fills the folder of temporary files
     total = len(study.pairs)
     render = partial(flask.render_template, "study.html", style=STYLE, script=SCRIPT, total=total)
 

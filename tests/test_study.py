@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import queue
 import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import build_dataset
 import study
 from dataset.preferences import read_rankings
 from evaluation.statistics import win_rate
-from evaluation.study import make_app, open_study
+from evaluation.study import LARGEST_ANSWER, make_app, open_study, serve
 from model.files import read_lines
 from pictures import write_png
 
@@ -51,6 +53,32 @@ def begun(evaluation, tmp_path):
     app = make_app(open_study(path, evaluation), path, ["localhost"])
     app.testing = True
     return path, app.test_client()
+
+
+@pytest.fixture
+def wire(evaluation, tmp_path, monkeypatch):
+    """`serve`'s own server, within this process: the database, and a function that sends bytes and returns those that
+    come back."""
+    from werkzeug import serving
+    path, make_server, servers = tmp_path / "study.db", serving.make_server, queue.Queue()
+
+    def make_and_tell(*arguments, **options):
+        servers.put(server := make_server(*arguments, **options))
+        return server
+
+    def send(message: bytes) -> bytes:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+            connection.sendall(message)
+            connection.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+    monkeypatch.setattr(serving, "make_server", make_and_tell)
+    thread = threading.Thread(target=serve, args=(open_study(path, evaluation), path, "127.0.0.1", 0), daemon=True)
+    thread.start()
+    server = servers.get(timeout=60)
+    yield path, send
+    server.shutdown()
+    thread.join()
 
 
 def candidate_left(client, name, number) -> bool:
@@ -123,6 +151,25 @@ def test_only_the_studys_pictures_and_only_its_own_page(begun):
     assert rows_of(path) == []
     assert choose(client, "ann", 1, "left", headers={"Origin": "http://localhost"}).status_code == 303
     assert client.get("/pair?name=+").location == "/"
+
+
+def test_what_no_page_sends_is_refused_and_nothing_of_it_is_kept(wire, capsys):
+    path, send = wire
+    answer = b"name=ann&number=1&choice=left"
+    upload = b'--x\r\nContent-Disposition: form-data; name="f"; filename="../f"\r\n\r\n' + b"z" * LARGEST_ANSWER
+
+    def status(header: str, body: bytes) -> int:
+        head = f"POST /pair HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n"
+        return int(send(head.encode() + body).split()[1])
+
+    def form(header: str, body: bytes) -> int:
+        return status(f"Content-Type: application/x-www-form-urlencoded\r\n{header}", body)
+
+    assert form(f"Content-Length: {LARGEST_ANSWER + 1}", answer + b"&" * LARGEST_ANSWER) == 413
+    assert status(f"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: {len(upload)}", upload) == 413
+    for length in (b"no number", b"-1", b"fffffff"):                 # the last body ends long before that
+        assert form("Transfer-Encoding: chunked", length + b"\r\n" + answer) == 400
+    assert rows_of(path) == [] and capsys.readouterr().err == ""
 
 
 # What is kept
