@@ -160,7 +160,9 @@ def make_app(study: Study, path: Path, trusted: list[str] | None = None):
     render = partial(flask.render_template, "study.html", style=STYLE, script=SCRIPT, total=total)
 
     def participant() -> str:
-        return " ".join(flask.request.values.get("name", "").split())[:LONGEST_NAME]
+        """The name, in one spelling; without what would command the terminal that --export prints it to."""
+        name = re.sub(r"[\0-\x1f\x7f-\x9f]", " ", flask.request.values.get("name", ""))
+        return " ".join(name.split())[:LONGEST_NAME].rstrip()
 
     def place(name: str, number: int) -> tuple[int, bool]:
         return study.order(name)[number - 1] if 1 <= number <= total else flask.abort(404)

@@ -21,7 +21,7 @@ import build_dataset
 import study
 from dataset.preferences import read_rankings
 from evaluation.statistics import win_rate
-from evaluation.study import LARGEST_ANSWER, make_app, open_study, serve
+from evaluation.study import LARGEST_ANSWER, LONGEST_NAME, make_app, open_study, serve
 from model.files import read_lines
 from pictures import write_png
 
@@ -190,6 +190,17 @@ def test_goes_on_where_one_was_and_a_changed_answer_replaces(begun):
         choose(client, "  ann ", n, "right")   # blanks make no other person
     assert "Thank you, ann!" in shown(client, "ann") and len(rows_of(path)) == N
     assert f"{N} of {N}" in shown(client, "ann", number=N)
+
+
+def test_a_name_has_one_spelling_and_commands_no_terminal(begun, program, tmp_path, capsys):
+    path, client = begun
+    long = "n" * (LONGEST_NAME - 1)
+    assert f'value="{long}"' in shown(client, f"{long} b")           # cut behind a blank, and posted as it was shown
+    for name in (f"{long} b", "ann\x1b[2J", "\0ann\x9b31m\x7f"):
+        choose(client, name, 1, "left")
+    assert [name for name, *_ in rows_of(path)] == [long, "ann [2J", "ann 31m"]
+    assert program(study, "--out", path, "--export", tmp_path / "export") == 0
+    assert "ann [2J" in capsys.readouterr().out
 
 
 # What comes of it
