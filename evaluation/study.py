@@ -156,8 +156,8 @@ def make_app(study: Study, path: Path, trusted: list[str] | None = None):
     app = flask.Flask(__name__, static_folder=None, template_folder=".")
     app.config["TRUSTED_HOSTS"] = trusted      # else a page from elsewhere, its name led to 127.0.0.1, could read this
     app.config["MAX_CONTENT_LENGTH"] = LARGEST_ANSWER      # else an upload fills the folder of temporary files
-    total = len(study.pairs)
-    render = partial(flask.render_template, "study.html", style=STYLE, script=SCRIPT, total=total)
+    total, mark = len(study.pairs), study.digest[:12]                # pages and pictures of another study have another
+    render = partial(flask.render_template, "study.html", style=STYLE, script=SCRIPT, total=total, mark=mark)
 
     def participant() -> str:
         """The name, in one spelling; without what would command the terminal that --export prints it to."""
@@ -172,7 +172,7 @@ def make_app(study: Study, path: Path, trusted: list[str] | None = None):
 
     def picture_address(number: int, side: str) -> str:
         # The study is named because browsers keep pictures: at the same place may soon be another's.
-        return flask.url_for("picture", number=number, side=side, name=participant(), study=study.digest[:12])
+        return flask.url_for("picture", number=number, side=side, name=participant(), study=mark)
 
     @app.after_request
     def add_headers(response):
@@ -209,6 +209,8 @@ def make_app(study: Study, path: Path, trusted: list[str] | None = None):
 
     @app.get("/picture/<int:number>/<any(left, right):side>")
     def picture(number: int, side: str):
+        if flask.request.args.get("study", mark) != mark:
+            flask.abort(404)                   # the browser would keep this study's picture as the other's
         pair, candidate_left = place(participant(), number)
         image = open_picture(study.pairs[pair][1 + ((side == "left") == candidate_left)])
         image.info.clear()                     # generate.py's settings in it name the LoRA
@@ -225,6 +227,8 @@ def make_app(study: Study, path: Path, trusted: list[str] | None = None):
         name, choice = participant(), flask.request.form.get("choice")
         if not name or choice not in ("left", "right", "same"):
             flask.abort(400)
+        if flask.request.form.get("study") != mark:
+            flask.abort(409, "This page is of another study, and nothing was kept. Please begin anew.")
         pair, candidate_left = place(name, flask.request.form.get("number", 0, type=int))
         preferred = None if choice == "same" else study.sides[(choice == "left") == candidate_left]
         with database(path) as db:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import socket
@@ -87,12 +88,18 @@ def candidate_left(client, name, number) -> bool:
     return Image.open(io.BytesIO(answer.data)).getpixel((0, 0)) == RED
 
 
-def choose(client, name, number, choice, **more):
-    return client.post("/pair", data={"name": name, "number": number, "choice": choice}, **more)
-
-
 def shown(client, name, **query) -> str:
     return client.get("/pair", query_string={"name": name, **query}).text
+
+
+def mark(client) -> str:
+    """By which the page's forms are known."""
+    return re.search(r'name="study" value="(\w+)"', shown(client, "anyone"))[1]
+
+
+def choose(client, name, number, choice, **more):
+    data = {"name": name, "number": number, "choice": choice, "study": mark(client)}
+    return client.post("/pair", data=data, **more)
 
 
 def rows_of(path) -> list[tuple]:
@@ -190,6 +197,22 @@ def test_goes_on_where_one_was_and_a_changed_answer_replaces(begun):
         choose(client, "  ann ", n, "right")   # blanks make no other person
     assert "Thank you, ann!" in shown(client, "ann") and len(rows_of(path)) == N
     assert f"{N} of {N}" in shown(client, "ann", number=N)
+
+
+def test_a_page_of_another_study_is_not_counted(begun, evaluation, tmp_path):
+    """It was left open while the next study began at its address: what it showed is not what is there now."""
+    path, client = begun
+    folder = shutil.copytree(evaluation, tmp_path / "eval")
+    Image.new("RGB", (32, 32)).save(folder / "images/baseline/00003.png")
+    other = make_app(open_study(tmp_path / "other.db", folder), tmp_path / "other.db").test_client()
+    for data in ({"study": mark(client)}, {}):
+        answer = other.post("/pair", data={"name": "ann", "number": 1, "choice": "left", **data})
+        assert answer.status_code == 409 and "nothing was kept" in answer.text
+    sources = re.findall(r'<img src="([^"]+)"', shown(client, "ann"))
+    assert [one.get(source.replace("&amp;", "&")).status_code for source in sources for one in (client, other)] == [
+        200, 404] * 2
+    assert rows_of(tmp_path / "other.db") == []
+    assert choose(other, "ann", 1, "left").status_code == 303
 
 
 def test_a_name_has_one_spelling_and_commands_no_terminal(begun, program, tmp_path, capsys):
