@@ -293,7 +293,7 @@ def export(study: Study, path: Path, out: Path) -> tuple[list[list[str]], int]:
     preferences = []
     for pair in sorted(sums):
         prompt, *sources = study.pairs[pair]
-        files = [f"images/{side}/{source.name}" for side, source in zip(study.sides, sources)]
+        files = [f"images/{side}/{pair:05d}{source.suffix}" for side, source in zip(study.sides, sources)]
         for file, source in zip(files, sources):
             (out / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, out / file)

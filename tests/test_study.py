@@ -274,6 +274,27 @@ def test_export_by_hand_and_on_into_a_dataset(begun, evaluation, program, tiny, 
     assert program(study, "--out", path, "--export", evaluation.parent / "tuned") == 2
 
 
+def test_exported_pictures_are_those_that_were_shown(evaluation, program, tmp_path):
+    """Though two of them have the same name, in folders of their own."""
+    folder, path, out = shutil.copytree(evaluation, tmp_path / "eval"), tmp_path / "study.db", tmp_path / "export"
+    names = [f"{i}/same.png" for i in range(N)]
+    for i, name in enumerate(names):
+        for side in ("baseline", "candidate"):
+            write_png(folder / "images" / side / name, Image.new("RGB", (32, 32), (i, i, side == "candidate")))
+    rows = [{"file": name, "prompt": prompt} for name, prompt in zip(names, PROMPTS)]
+    (folder / "scores-baseline.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    about = json.loads((folder / "report.json").read_text())
+    (folder / "report.json").write_text(json.dumps(about | {"sides": {"baseline": "x", "candidate": "y"}}))
+    client = make_app(open_study(path, folder), path).test_client()
+    for n in range(1, N + 1):
+        blue = Image.open(io.BytesIO(client.get(f"/picture/{n}/left?name=ann").data)).getpixel((0, 0))[2]
+        choose(client, "ann", n, "left" if blue else "right")
+    assert program(study, "--out", path, "--export", out) == 0
+    lines = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
+    for key, blue in (("winner", 1), ("loser", 0)):
+        assert [Image.open(out / line[key]).getpixel((0, 0)) for line in lines] == [(i, i, blue) for i in range(N)]
+
+
 # What is refused
 
 def test_other_pictures_and_files_are_refused_in_a_line(begun, evaluation, program, tmp_path, capsys):
