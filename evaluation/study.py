@@ -10,7 +10,6 @@ import logging
 import math
 import random
 import re
-import shutil
 import socket
 import sqlite3
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from dataset.images import open_picture, read_captions
 from model.errors import UserError
-from model.files import read_json, write_text
+from model.files import read_json, write_bytes, write_text
 
 from .report import KEPT_AREA
 from .sides import Side
@@ -276,8 +275,9 @@ def export(study: Study, path: Path, out: Path) -> tuple[list[list[str]], int]:
     answers = read_answers(study, path)
     if not answers:
         raise UserError(f"{path}: no answers in it yet")
-    if out.is_dir() and any(out.iterdir()) and not (out / "study.json").is_file():
-        raise UserError(f"{out}: holds other files; choose another --export")
+    known = (out / "study.json").is_file() and read_json(out / "study.json").get("digest") == study.digest
+    if out.is_dir() and any(out.iterdir()) and not known:
+        raise UserError(f"{out}: holds other files, or another study's; choose another --export")
     votes: dict[str, list[int]] = {}
     sums: Counter[int] = Counter()
     for name, pair, preferred in answers:
@@ -288,15 +288,14 @@ def export(study: Study, path: Path, out: Path) -> tuple[list[list[str]], int]:
     participants = {name: rate(own) for name, own in votes.items()}
     manifest = {
         "evaluation": str(study.folder), "baseline": study.sides[0], "candidate": study.sides[1],
-        "pairs": len(study.pairs), **rates, "participants": participants}
+        "digest": study.digest, "pairs": len(study.pairs), **rates, "participants": participants}
     write_text(out / "study.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     preferences = []
     for pair in sorted(sums):
         prompt, *sources = study.pairs[pair]
         files = [f"images/{side}/{pair:05d}{source.suffix}" for side, source in zip(study.sides, sources)]
         for file, source in zip(files, sources):
-            (out / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, out / file)
+            write_bytes(out / file, source.read_bytes())
         winner, loser = files[::-1] if sums[pair] > 0 else files
         preferences.append({"prompt": prompt, "winner": winner, "loser": loser} | ({} if sums[pair] else {"tie": True}))
     lines = [json.dumps(preference, ensure_ascii=False) + "\n" for preference in preferences]

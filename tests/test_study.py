@@ -295,6 +295,28 @@ def test_exported_pictures_are_those_that_were_shown(evaluation, program, tmp_pa
         assert [Image.open(out / line[key]).getpixel((0, 0)) for line in lines] == [(i, i, blue) for i in range(N)]
 
 
+def test_an_export_touches_nothing_of_others(begun, evaluation, program, tmp_path, capsys):
+    """Not another study's export, whose list would stand over these pictures, and nothing that a link leads to."""
+    path, client = begun
+    choose(client, "ann", 1, "left")
+    out = tmp_path / "export"
+    assert program(study, "--out", path, "--export", out) == 0
+    picture = next(out.glob("images/baseline/*"))
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    picture.unlink()
+    picture.symlink_to(tmp_path / "mine.png")
+    assert program(study, "--out", path, "--export", out) == 0
+    assert (tmp_path / "mine.png").read_bytes() == b"mine" and Image.open(picture).size == (32, 32)
+
+    folder, other = shutil.copytree(evaluation, tmp_path / "eval"), tmp_path / "other.db"
+    Image.new("RGB", (32, 32)).save(folder / "images/baseline/00003.png")
+    choose(make_app(open_study(other, folder), other).test_client(), "ann", 1, "left")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert program(study, "--out", other, "--export", out) == 2
+    assert "another study's; choose another --export" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
 # What is refused
 
 def test_other_pictures_and_files_are_refused_in_a_line(begun, evaluation, program, tmp_path, capsys):
