@@ -29,6 +29,7 @@ from .statistics import percent_and_interval, wilson, win_rate
 
 LONGEST_NAME = 60
 LARGEST_ANSWER = 10_000                        # bytes of a form; the page's own have some hundreds
+PATIENCE = 300                                 # seconds for which a connection may be silent
 STYLE = Path(__file__).with_name("study.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("study.js").read_text(encoding="utf-8")
 SCHEMA = (
@@ -240,13 +241,17 @@ def make_app(study: Study, path: Path, trusted: list[str] | None = None):
 
 def serve(study: Study, path: Path, host: str, port: int) -> None:
     app = make_app(study, path, ["127.0.0.1", "localhost"] if host in ("127.0.0.1", "localhost") else None)
-    from werkzeug.serving import make_server
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class Handler(WSGIRequestHandler):
+        timeout = PATIENCE                     # else each phone that went off keeps a thread and a socket for good
+
     try:
         listener = socket.create_server((host, port))
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error.strerror or error}; choose another") from None
     with listener:
-        server = make_server(host, port, app, threaded=True, fd=listener.fileno())
+        server = make_server(host, port, app, threaded=True, request_handler=Handler, fd=listener.fileno())
         logging.getLogger("werkzeug").setLevel(logging.ERROR)        # not a line a picture
         print(f"{len(study.pairs)} pairs of {' and '.join(study.sides)} at http://{host}:{server.port}/, answers to "
               f"{path}; Ctrl-C ends it", flush=True)

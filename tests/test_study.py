@@ -13,6 +13,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -67,13 +69,15 @@ def wire(evaluation, tmp_path, monkeypatch):
         servers.put(server := make_server(*arguments, **options))
         return server
 
-    def send(message: bytes) -> bytes:
-        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+    def send(message: bytes, ends: bool = True) -> bytes:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
             connection.sendall(message)
-            connection.shutdown(socket.SHUT_WR)
+            if ends:
+                connection.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: connection.recv(65536), b""))
 
     monkeypatch.setattr(serving, "make_server", make_and_tell)
+    monkeypatch.setattr("evaluation.study.PATIENCE", 2)
     thread = threading.Thread(target=serve, args=(open_study(path, evaluation), path, "127.0.0.1", 0), daemon=True)
     thread.start()
     server = servers.get(timeout=60)
@@ -177,6 +181,14 @@ def test_what_no_page_sends_is_refused_and_nothing_of_it_is_kept(wire, capsys):
     for length in (b"no number", b"-1", b"fffffff"):                 # the last body ends long before that
         assert form("Transfer-Encoding: chunked", length + b"\r\n" + answer) == 400
     assert rows_of(path) == [] and capsys.readouterr().err == ""
+
+
+def test_who_falls_silent_is_not_waited_for_forever(wire):
+    half = (b"", b"GET /pa", b"POST /pair HTTP/1.0\r\nContent-Length: 9\r\n"
+            b"Content-Type: application/x-www-form-urlencoded\r\n\r\nname")
+    with ThreadPoolExecutor() as threads:
+        answers = list(threads.map(partial(wire[1], ends=False), half))
+    assert [answer[:12] for answer in answers] == [b"", b"", b"HTTP/1.1 400"]
 
 
 # What is kept
