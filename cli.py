@@ -29,7 +29,7 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
-from model.errors import UserError  # noqa: E402
+from model.errors import CONTROLS, UserError  # noqa: E402
 from model.files import parse_object, read_text  # noqa: E402
 
 PARTI = ("nateraw/parti-prompts", "PartiPrompts.tsv")            # the Hub's copy of PartiPrompts; 177 are "People"
@@ -360,5 +360,6 @@ def print_from_any_rank() -> contextlib.AbstractContextManager:
 
 def _say(message: str, code: int) -> int:
     with contextlib.suppress(OSError):
-        print(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
+        line = CONTROLS.sub(" ", " ".join(message.splitlines()))
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     return code

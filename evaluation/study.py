@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from dataset.images import open_picture, read_captions
-from model.errors import UserError
+from model.errors import CONTROLS, UserError
 from model.files import read_json, write_bytes, write_text
 
 from .report import KEPT_AREA
@@ -161,7 +161,7 @@ def make_app(study: Study, path: Path, trusted: list[str] | None = None):
 
     def participant() -> str:
         """The name, in one spelling; without what would command the terminal that --export prints it to."""
-        name = re.sub(r"[\0-\x1f\x7f-\x9f]", " ", flask.request.values.get("name", ""))
+        name = CONTROLS.sub(" ", flask.request.values.get("name", ""))
         return " ".join(name.split())[:LONGEST_NAME].rstrip()
 
     def place(name: str, number: int) -> tuple[int, bool]:

@@ -391,7 +391,7 @@ def test_damaged_files_are_refused_in_a_line(begun, evaluation, program, tmp_pat
     def refused(words, out, *arguments):
         assert program(study, "--out", out, *arguments) == 2
         said = capsys.readouterr().err
-        assert said.startswith("study.py: ") and said.count("\n") == 1 and words in said, said
+        assert said.startswith("study.py: ") and said.count("\n") == 1 and words in said and "\x1b" not in said, said
 
     def with_sides(sides) -> bytes:
         return json.dumps(about | {"sides": sides}).encode()
@@ -407,6 +407,7 @@ def test_damaged_files_are_refused_in_a_line(begun, evaluation, program, tmp_pat
             (report, with_sides({"baseline": "x", "candidate": "half \ud83d\0"}), "no such picture"),
             (scores, b"", "no picture in it"), (scores, whole[scores][:-9], "line 7: not JSON"),
             (scores, b'{"file": 3, "prompt": "a"}', "line 1: file is 3"),
+            (scores, b'{"file": "\\u001b[2J.png", "prompt": "a"}', " [2J.png: no such picture"),
             (scores, b'{"file": "../x.png", "prompt": "a"}', "lies outside the folder")):
         file.write_bytes(content)
         refused(words, tmp_path / "new.db", "--eval", folder)
