@@ -1,5 +1,6 @@
 """study.py: what people see and choose, in a real browser too; what is kept, and what comes of it."""
 
+import contextlib
 import io
 import json
 import os
@@ -15,7 +16,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.client import HTTPConnection, HTTPException
+from itertools import product
 from pathlib import Path
+from urllib.parse import urlencode, urlsplit
 
 import pytest
 from PIL import Image
@@ -180,6 +184,8 @@ def test_what_no_page_sends_is_refused_and_nothing_of_it_is_kept(wire, capsys):
     assert status(f"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: {len(upload)}", upload) == 413
     for length in (b"no number", b"-1", b"fffffff"):                 # the last body ends long before that
         assert form("Transfer-Encoding: chunked", length + b"\r\n" + answer) == 400
+    for host, code in ((b"localhost", b"200"), (b"127.0.0.1:80", b"200"), (b"rebound.example", b"400")):
+        assert send(b"GET / HTTP/1.1\r\nHost: " + host + b"\r\n\r\n").split()[1] == code
     assert rows_of(path) == [] and capsys.readouterr().err == ""
 
 
@@ -236,6 +242,51 @@ def test_a_name_has_one_spelling_and_commands_no_terminal(begun, program, tmp_pa
     assert [name for name, *_ in rows_of(path)] == [long, "ann [2J", "ann 31m"]
     assert program(study, "--out", path, "--export", tmp_path / "export") == 0
     assert "ann [2J" in capsys.readouterr().out
+
+
+def test_a_hundred_at_once_and_a_kill_lose_no_answer(evaluation, tmp_path):
+    """Each of a hundred people answers two pairs, all at once; when half of the answers are confirmed, the server is
+    killed. What was confirmed is there, once, as it was chosen; and when the others answer again, all answers are."""
+    path, people, numbers, confirmed = tmp_path / "study.db", range(100), (1, 2), set()
+    process, address = served(path, "--eval", evaluation, "--port", 0)
+    opened, begin = open_study(path), threading.Barrier(len(people))
+    client = make_app(opened, path).test_client()
+    known_by = mark(client)
+
+    def form(k: int, number: int) -> dict:
+        choice = ("left", "right", "same")[(k + number) % 3]
+        return {"name": f"person {k}", "number": number, "choice": choice, "study": known_by}
+
+    def row(k: int, number: int) -> tuple:
+        pair, candidate_left = opened.order(f"person {k}")[number - 1]
+        left, right = ("candidate", "baseline") if candidate_left else ("baseline", "candidate")
+        return f"person {k}", pair, {"left": left, "right": right, "same": None}[form(k, number)["choice"]]
+
+    def answer(k: int) -> None:
+        begin.wait()
+        with contextlib.suppress(OSError, HTTPException):                        # the killed server's
+            for number in numbers:
+                connection = HTTPConnection(urlsplit(address).netloc, timeout=60)
+                connection.request("POST", "/pair", urlencode(form(k, number)), {
+                    "Content-Type": "application/x-www-form-urlencoded", "Origin": address.rstrip("/")})
+                assert connection.getresponse().status == 303
+                confirmed.add(row(k, number))
+                if len(confirmed) >= len(people):
+                    process.kill()
+
+    with process:
+        try:
+            with ThreadPoolExecutor(len(people)) as threads:
+                list(threads.map(answer, people))
+        finally:
+            process.kill()
+    rows, everything = rows_of(path), {row(*one) for one in product(people, numbers)}
+    assert len(rows) == len(set(rows)) and confirmed <= set(rows) <= everything
+    assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert len(confirmed) >= len(people)
+    for k, number in product(people, numbers):
+        assert row(k, number) in confirmed or client.post("/pair", data=form(k, number)).status_code == 303
+    assert sorted(rows_of(path), key=str) == sorted(everything, key=str)
 
 
 # What comes of it
