@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import io
 import json
-import logging
 import math
 import random
 import re
@@ -246,13 +245,21 @@ def serve(study: Study, path: Path, host: str, port: int) -> None:
     class Handler(WSGIRequestHandler):
         timeout = PATIENCE                     # else each phone that went off keeps a thread and a socket for good
 
+        def run_wsgi(self) -> None:
+            try:
+                super().run_wsgi()
+            except ValueError:                 # an address that cannot be taken apart, such as http://[/
+                self.send_error(400)
+
+        def log_request(self, *_) -> None:     # not a line a picture; and werkzeug's takes the address apart, too
+            pass
+
     try:
         listener = socket.create_server((host, port))
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: {error.strerror or error}; choose another") from None
     with listener:
         server = make_server(host, port, app, threaded=True, request_handler=Handler, fd=listener.fileno())
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)        # not a line a picture
         print(f"{len(study.pairs)} pairs of {' and '.join(study.sides)} at http://{host}:{server.port}/, answers to "
               f"{path}; Ctrl-C ends it", flush=True)
         server.serve_forever()                 # it returns on Ctrl-C

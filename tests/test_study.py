@@ -187,6 +187,8 @@ def test_what_no_page_sends_is_refused_and_nothing_of_it_is_kept(wire, capsys):
     for host, code in ((b"localhost", b"200"), (b"127.0.0.1:80", b"200"), (b"rebound.example", b"400")):
         assert send(b"GET / HTTP/1.1\r\nHost: " + host + b"\r\n\r\n").split()[1] == code
     assert rows_of(path) == [] and capsys.readouterr().err == ""
+    assert send(b"GET http://[/ HTTP/1.1\r\n\r\n").split()[1] == b"400"
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_who_falls_silent_is_not_waited_for_forever(wire):
