@@ -358,7 +358,8 @@ def own_scorers(scale: Scale) -> Experiment:
                full), *more),
         note=f"The judge plays a person who chooses between two pictures of a prompt; `train_scorer.py` makes a scorer "
         f"of the choices, beginning with the one that ships; the pool of {prompts} prompts is scored anew and "
-        "HG-DPO learns from it. `accuracy` has how often each scorer agrees with the judge.")
+        "HG-DPO learns from it. `accuracy` has how often each scorer agrees with the judge. Where no step was better "
+        "on the choices held out, `train_scorer.py` leaves the scorer as it was, and the row is the first one again.")
 
 
 # Settings, and what training does wrong: on other prompts than the test's, one training seed
