@@ -35,6 +35,7 @@ from dataset.preferences import export_pickapic, load_pyarrow, read_images, read
 from dataset.reader import is_finished, read_manifest
 from dataset.rows import Row, make_rows, summarise
 from dataset.sources import Source, begin_dataset, from_kept, from_pictures, rescored, score_pool
+from dataset.verify import damage
 from model.builtin import BUILT_IN, default_scorer
 from model.checkpoint import Pipeline, load_pipeline
 from model.errors import UserError
@@ -45,7 +46,7 @@ from sampling import SAMPLERS, Drawing, picture_settings, sample_latents, to_pic
 
 # Options that are not noted in dataset.json, and of those that are the ones that may change: names, whose contents are
 # noted as digests, and what can only add rows.
-NOT_NOTED = ("out", "device", "batch_size", "shard", "export_pickapic", "limit", "source")
+NOT_NOTED = ("out", "verify", "repair", "device", "batch_size", "shard", "export_pickapic", "limit", "source")
 MAY_CHANGE = ("model", "vae", "prompts", "category", "scorer", "from_pairs", "from_images", "reselect")
 SOURCES = ("reselect", "from_pairs", "from_images", "prompts")
 
@@ -53,7 +54,7 @@ SOURCES = ("reselect", "from_pairs", "from_images", "prompts")
 def parse_args():
     parser = cli.common_parser(__doc__)
     cli.add_prompt_options(parser, "see generate.py (default with paper-people: its own)")
-    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--out", metavar="DIR")
     parser.add_argument("--pool-size", type=cli.whole(2), default=20, help="pictures a prompt")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="draw with it; repeatable")
     parser.add_argument("--scorer", help="see model/scorers.py (default: the model's own scorer/ if it has one, else "
@@ -79,8 +80,14 @@ def parse_args():
     parser.add_argument(
         "--export-pickapic", metavar="FILE", help="also write the finished dataset as Pick-a-Pic's parquet (for "
         "diffusers' script); where --out is finished, only that")
+    parser.add_argument("--verify", metavar="DIR", help="say what of a finished dataset is not as it was, and end")
+    parser.add_argument("--repair", action="store_true", help="first take out what is not as it was; it is made again")
     cli.add_drawing_options(parser, SAMPLERS)
     args = parser.parse_args()
+    if (args.out is None) == (args.verify is None):
+        raise UserError("give --out DIR, or --verify DIR")
+    if args.verify:
+        return args
     args.images = args.images or args.keep
     args.loser_rank = args.loser_rank if args.loser_rank is not None else args.pool_size
     given = [f"--{name.replace('_', '-')}" for name in SOURCES if getattr(args, name) is not None]
@@ -222,8 +229,20 @@ def open_source(args) -> tuple[Source, dict, str]:
     return source, options, f"; {args.model} on {device} in {options['dtype']}"
 
 
+def verify(folder: Path) -> None:
+    damaged = damage(folder, cli.progress)
+    for number, problem in list(damaged.items())[:20]:
+        print(f"{folder}, row {number}: {problem}", file=sys.stderr)
+    if damaged:
+        raise UserError(f"{folder}: {len(damaged)} rows are damaged; the command that made it draws them again with "
+                        "--repair")
+    print(f"{folder}: as it was when it was finished")
+
+
 def main() -> None:
     args = parse_args()
+    if args.verify:
+        return verify(Path(args.verify))
     out = Path(args.out)
     if args.export_pickapic:
         load_pyarrow(Path(args.export_pickapic))             # missing packages are found before weeks of drawing
@@ -235,7 +254,8 @@ def main() -> None:
     rows, dtype = min(len(source.names), args.limit or len(source.names)), options["dtype"]
     with locked(out, part, parts, f"{parts} jobs for {rows} rows"):
         with in_turn(out):
-            pending = begin_dataset(out, options, MAY_CHANGE, source, args.source, rows, part, parts)
+            damaged = damage(out, cli.progress) if args.repair and (out / "dataset.json").is_file() else {}
+            pending = begin_dataset(out, options, MAY_CHANGE, source, args.source, rows, part, parts, damaged)
         scored = (f"{args.pool_size} pictures each, scored by {options['scorer']}" if source.unet_rows
                   else "nothing to draw")
         print(f"{rows} rows to {out}, {scored}{where}, job {part + 1} of {parts}")

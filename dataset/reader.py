@@ -39,11 +39,12 @@ def read_manifest(folder: Path) -> dict:
 
 def check_files(folder: Path, manifest: dict) -> None:
     """Refuses shards that are not as they were when the dataset was finished."""
+    mend = "get the dataset again, or run the command that made it with --repair"
     for name, recorded in (manifest.get("files") or {}).items():
         if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{folder / name}: not there; get or make the dataset again")
+            raise UserError(f"{folder / name}: not there; {mend}")
         if digest(folder / name) != recorded:
-            raise UserError(f"{folder / name}: not as it was when the dataset was finished; get or make it again")
+            raise UserError(f"{folder / name}: not as it was when the dataset was finished; {mend}")
 
 
 def dataset_digest(folder: Path, manifest: dict) -> str:

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from safetensors import safe_open
 from model.errors import UserError
 from model.files import (
     digest,
+    digest_of_tensors,
     is_a,
     parse_object,
     read_header,
@@ -74,7 +75,7 @@ def pending_rows(out: Path, rows: int) -> tuple[list[int], list[int]]:
     missing, failed = [], []
     for shard in range(-(-rows // SHARD)):
         numbers = shard_numbers(shard, rows)
-        pairs, tensors, left_out = shard_files(out, shard)
+        pairs, _, left_out = shard_files(out, shard)
         if pairs.is_file():
             lines = read_lines(pairs, id=str)
             notes = read_lines(left_out, id=str, failed=bool) if left_out.is_file() else []
@@ -82,16 +83,7 @@ def pending_rows(out: Path, rows: int) -> tuple[list[int], list[int]]:
                 raise UserError(f"{pairs}: row {min(unexpected)} does not belong there; get or make the dataset again")
             if len(lines) + len(notes) == len(numbers) and not any(note["failed"] for note in notes):
                 continue
-            rows_of = read_tensors(tensors) if lines else {}
-            if any(len(tensor) != len(lines) for tensor in rows_of.values()):
-                raise UserError(f"{tensors}: has other rows than the {len(lines)} of {pairs.name}; make it again")
-            for i, line in enumerate(lines):
-                row = {name: tensor[i].clone() for name, tensor in rows_of.items()}
-                write_tensors(row_files(out, row_number(line, pairs))[0], row, {"line": json.dumps(line)})
-            for note in notes:
-                write_text(row_files(out, row_number(note, left_out))[1], json.dumps(note))
-            for path in (pairs, tensors, left_out):            # `pairs` first: without it the shard is not joined
-                path.unlink(missing_ok=True)
+            take_apart(out, shard, numbers)
         for number in numbers:
             row, note = row_files(out, number)
             try:
@@ -104,6 +96,24 @@ def pending_rows(out: Path, rows: int) -> tuple[list[int], list[int]]:
             except UserError:                  # damaged: it is made again
                 missing.append(number)
     return missing, failed
+
+
+def take_apart(out: Path, shard: int, keep: Collection[int]) -> None:
+    """A joined shard -> the own files of those of its rows that have these numbers; the others are lost."""
+    pairs, tensors, left_out = shard_files(out, shard)
+    lines = read_lines(pairs, id=str) if keep else []
+    kept = [(i, number) for i, line in enumerate(lines) if (number := row_number(line, pairs)) in keep]
+    rows_of = read_tensors(tensors) if kept else {}
+    if any(len(tensor) != len(lines) for tensor in rows_of.values()):
+        raise UserError(f"{tensors}: has other rows than the {len(lines)} of {pairs.name}; make it again")
+    for i, number in kept:
+        row = {name: tensor[i].clone() for name, tensor in rows_of.items()}
+        write_tensors(row_files(out, number)[0], row, {"line": json.dumps(lines[i])})
+    for note in read_lines(left_out, id=str) if keep and left_out.is_file() else []:
+        if (number := row_number(note, left_out)) in keep:
+            write_text(row_files(out, number)[1], json.dumps(note))
+    for path in (pairs, tensors, left_out):                    # `pairs` first: without it the shard is not joined
+        path.unlink(missing_ok=True)
 
 
 def row_number(line: dict, where: Path) -> int:
@@ -135,9 +145,12 @@ def make_row(
         write_text(note, json.dumps({**start, "reason": line["left_out"], "failed": False}))
         return None
     shown = {"none": "wl" if number < SHEET_PAIRS else "", "pair": "wl", "pool": pictures}[images]
+    line["pictures"] = {}
     for name, picture in pictures.items():
         if name in shown:
-            write_png(picture_path(out, line["id"], name), picture, texts(line, name))
+            file = picture_path(out, line["id"], name)
+            write_png(file, picture, texts(line, name))
+            line["pictures"][name] = digest(file)
     write_tensors(path, {name: tensor.half() for name, tensor in tensors.items()}, {"line": json.dumps(line)})
     note.unlink(missing_ok=True)
     return None
@@ -165,8 +178,11 @@ def join_rows(out: Path, shard: int, numbers: range) -> bool:
         left_out.unlink(missing_ok=True)
     if rows:
         together = {name: [row[name] for row in rows] for name in rows[0]}
-        write_tensors(joined, {name: (same_length if name == "context" else torch.stack)(tensors)
-                               for name, tensors in together.items()})
+        together = {name: (same_length if name == "context" else torch.stack)(tensors)
+                    for name, tensors in together.items()}
+        write_tensors(joined, together)
+        lines = [line | {"tensors": digest_of_tensors({name: tensor[i] for name, tensor in together.items()})}
+                 for i, line in enumerate(lines)]
     else:
         joined.unlink(missing_ok=True)
     write_text(pairs, "".join(json.dumps(line) + "\n" for line in lines))
@@ -225,9 +241,9 @@ def summarise(out: Path, rows: int) -> dict | None:
                 captions.append(f"{kind}{score}: {line['prompt']}")
     if images:
         write_png(out / "sheet.png", sheet(images, captions, min(len(lines), SHEET_PAIRS)))
-    shards = [path.name for path in (shard_files(out, shard)[1] for shard in shards) if path.is_file()]
-    files = [name for shard in shards for name in (shard, pairs_of(shard))]
-    return {"shards": shards, "files": {name: digest(out / name) for name in files}, "counts": counts,
+    files = [path for shard in shards for path in shard_files(out, shard) if path.is_file()]
+    return {"shards": [path.name for path in files if path.suffix == ".safetensors"],
+            "files": {path.name: digest(path) for path in files}, "counts": counts,
             "left_out": [{key: note[key] for key in ("id", "prompt", "reason", "failed")} for note in notes]}
 
 

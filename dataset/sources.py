@@ -24,6 +24,7 @@ from .pool import Pool
 from .preferences import Preference, digest_of_source
 from .reader import check_files, dataset_digest, read_shard
 from .rows import Row, pending_rows, picture_path, row_files, scores_of
+from .verify import take_out
 
 
 @dataclass(frozen=True)
@@ -119,17 +120,18 @@ def from_pictures(
 
 def begin_dataset(
     out: Path, options: dict, may_change: tuple[str, ...], source: Source, option: str, rows: int, part: int,
-    parts: int,
+    parts: int, damaged: dict[int, str],
 ) -> tuple[list[int], list[int]]:
     """Begins the folder or goes on with it; -> the rows that this job is to make, and those that failed before and are
-    to be tried again. Rows may be added; those that are there stay. `option` is the one that names the source.
-    `options` keep the dtype that the folder was begun with."""
+    to be tried again. Rows may be added; those that are there stay, but those that are `damaged`. `option` is the one
+    that names the source. `options` keep the dtype that the folder was begun with."""
     manifest = out / "dataset.json"
     before = open_manifest(manifest, options, source.inputs, (*may_change, "dtype"))
     if before:
         read_json(manifest, finished=bool, rows=int, rows_from=(str, NoneType), files=(dict, NoneType),
                   counts=(dict, NoneType))
-        check_files(out, before)
+        if not damaged:
+            check_files(out, before)
     had = before.get("rows", 0)
     if rows < had:
         raise UserError(f"{out}: {had} rows are begun, and now there are {rows}; go on with all of them (--limit)")
@@ -140,12 +142,15 @@ def begin_dataset(
     options["dtype"] = before.get("options", {}).get("dtype", dtype)
     other_dtype = UserError(f"{out}: begun with --dtype {options['dtype']}, and now it is {dtype}; only rows that "
                             "failed may be drawn with another")
-    if before.get("finished") and (rows > had or (before.get("counts") or {}).get("failed")):
-        if dtype != options["dtype"] and rows > had:
+    if damaged or before.get("finished") and (rows > had or (before.get("counts") or {}).get("failed")):
+        if dtype != options["dtype"] and (rows > had or damaged):
             raise other_dtype
-        # Before a shard is taken apart: from here on it is no finished dataset, whenever this is killed.
+        # Before a shard is taken apart: from here on it is no finished dataset, whenever this is killed. While what is
+        # damaged is taken out it keeps its digests, so that a kill then leaves a folder that is refused.
+        files = {"files": before["files"]} if damaged else {}
         write_manifest(manifest, before["options"], before["inputs"], finished=False, rows=had,
-                       rows_from=before["rows_from"])
+                       rows_from=before["rows_from"], **files)
+        take_out(out, had, damaged)
     missing, failed = pending_rows(out, rows)
     if dtype != options["dtype"] and missing:
         raise other_dtype

@@ -99,14 +99,14 @@ LARGE = 16_000_000                             # bytes; the digest of a smaller 
 RACY = 2.0                                     # seconds in which a file may change without its time telling
 
 
-def digest(path: Path) -> str:
+def digest(path: Path, afresh: bool = False) -> str:
     """A file's SHA-256. A large file's is kept in the user's cache under its path, size and times, so that gigabytes
-    are read once."""
+    are read once; `afresh` it is read, for a disk that rots changes no time."""
     path = Path(os.path.realpath(path))
     stat = path.stat()
     # ctime is there because cp -p and rsync carry mtime over; a fresh file may change again within its time's grain.
     key = f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-    keep = stat.st_size >= LARGE and time.time() - stat.st_ctime > RACY
+    keep = not afresh and stat.st_size >= LARGE and time.time() - stat.st_ctime > RACY
     cache, cached = None, {}
     if keep:
         with contextlib.suppress(UserError, OSError, RuntimeError):              # the last: there is no home
@@ -127,6 +127,13 @@ def digest(path: Path) -> str:
 def digest_all(files: Iterable[Path]) -> str:
     """One digest of several files' names and contents, wherever they lie and in whatever order they come."""
     return digest_of(sorted((Path(path).name, digest(path)) for path in files))
+
+
+def digest_of_tensors(tensors: dict[str, Tensor]) -> str:
+    """Of their names, types, shapes and contents."""
+    contents = {name: hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()) for name, tensor in tensors.items()}
+    return digest_of({name: [str(tensors[name].dtype), list(tensors[name].shape), sha.hexdigest()]
+                      for name, sha in contents.items()})
 
 
 def digest_of(value: object) -> str:

@@ -3,8 +3,10 @@ however often it was killed and however many jobs made it."""
 
 import json
 import os
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import build_dataset
 import generate
-from dataset import rows, sources
+from dataset import rows, sources, verify
 from dataset.folder import locked
 from dataset.pool import select
 from dataset.reader import Pairs
@@ -229,6 +231,67 @@ def test_ctrl_c_saves(options, whole, tmp_path):
     assert contents(out) == contents(whole)
 
 
+# Damage
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def row_of_tensors(path: Path, name: str, row: int) -> int:
+    """Where in a safetensors file a row of a tensor begins."""
+    length = struct.unpack("<Q", path.read_bytes()[:8])[0]
+    about = json.loads(path.read_bytes()[8:8 + length])[name]
+    start, end = about["data_offsets"]
+    return 8 + length + start + row * (end - start) // about["shape"][0]
+
+
+SHARD, PAIRS = "shard-00000.safetensors", "pairs-00000.jsonl"
+DAMAGE = {
+    "a bit of a row": (lambda out: flip(out / SHARD, row_of_tensors(out / SHARD, "latents_l", 1)), {1}),
+    "a cut shard": (lambda out: os.truncate(out / SHARD, 5000), {0, 1, 2, 3}),
+    "no JSON": (lambda out: (out / PAIRS).write_text("{"), {0, 1, 2, 3}),
+    "two pictures": (lambda out: [flip(out / "images" / "000000_w.png", -20),
+                                  (out / "images" / "000002_01.png").unlink()], {0, 2})}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_named_and_made_again(what, whole, options, program, tmp_path, monkeypatch, capsys):
+    """Each row by its number, and no other is drawn; the dataset is then the same, byte for byte."""
+    out, (do, rows_of) = tmp_path / "out", DAMAGE[what]
+    shutil.copytree(whole, out)
+    do(out)
+    assert program(build_dataset, "--verify", out) == 2
+    said = capsys.readouterr().err
+    assert {int(row) for row in re.findall(r", row (\d+): \S+ is not (?:there|as it was)", said)} == rows_of
+    assert f"{len(rows_of)} rows are damaged" in said
+    pair, drawn = build_dataset.pair_from_pool, []
+    monkeypatch.setattr(build_dataset, "pair_from_pool", lambda *arguments: drawn.append(1) or pair(*arguments))
+    assert run_alone(options, program, out, "--keep", "pool", "--repair") == 0
+    assert len(drawn) == len(rows_of) and contents(out) == contents(whole)
+
+
+def test_killed_while_it_is_repaired(whole, options, program, tmp_path, monkeypatch, capsys):
+    """The folder is refused, by the line that names --repair, until it is mended."""
+    out, take_apart = tmp_path / "out", verify.take_apart
+    shutil.copytree(whole, out)
+    assert program(build_dataset, "--verify", out) == 0
+    DAMAGE["a bit of a row"][0](out)
+
+    def killed(*arguments):
+        take_apart(*arguments)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(verify, "take_apart", killed)
+    assert run_alone(options, program, out, "--keep", "pool", "--repair") == 130
+    monkeypatch.setattr(verify, "take_apart", take_apart)
+    capsys.readouterr()
+    assert run_alone(options, program, out, "--keep", "pool") == 2
+    assert "--repair" in capsys.readouterr().err
+    assert run_alone(options, program, out, "--keep", "pool", "--repair") == 0
+    assert contents(out) == contents(whole)
+
+
 # What is no pair
 
 def run_alone(options, program, out: Path, *more) -> int:
@@ -409,7 +472,7 @@ def make_dataset(out: Path, count: int, make) -> list[str]:
     options, names = {"dtype": "float32"}, list(map(str, range(count)))
     source = sources.Source(names, str, make, {}, {})
     with locked(out):
-        missing, failed = sources.begin_dataset(out, options, (), source, "--prompts", count, 0, 1)
+        missing, failed = sources.begin_dataset(out, options, (), source, "--prompts", count, 0, 1, {})
         problems = rows.make_rows(
             out, count, missing, failed, str, make, lambda *_: None, "pair", lambda items, *_: items)
         summary = rows.summarise(out, count)
