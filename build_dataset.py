@@ -6,6 +6,7 @@
     python build_dataset.py --reselect data --out mine --scorer my_scorer          # the same, scored anew
     python build_dataset.py --from-pairs pickapic.parquet --out human              # people's choices, to compare with
     python build_dataset.py --out data --export-pickapic data.parquet              # ours, for others' programs
+    python build_dataset.py --verify data                      # is all as it was? --repair makes again what is not
     torchrun --nproc-per-node 8 build_dataset.py ...   or   --shard i/n in n jobs  # they share the folder, nothing else
 
 OUT/dataset.json      what it was made with, counts, which prompts gave no pair; `finished` is true when all is there
@@ -20,7 +21,6 @@ be drawn is noted, left out, and tried again by the next run. With more prompts,
 import cli
 
 # isort: split
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -102,13 +102,12 @@ def parse_args():
             raise UserError(f"--{name.replace('_', '-')}: {args.source} has no pools to choose from; leave it away")
     if args.export_pickapic and args.images == "none" and not is_finished(Path(args.out)):
         raise UserError("--images none: --export-pickapic needs both pictures of a pair")
-    if args.lora and args.source != "--prompts":
-        raise UserError(f"--lora goes with drawing; {args.source} draws nothing")
+    for name in ("lora", "preview_steps") if args.source != "--prompts" else ():
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} goes with drawing; {args.source} draws nothing")
     if args.preview_steps is not None:
         if not args.preview_steps < args.steps:
             raise UserError(f"--preview-steps {args.preview_steps}: must be fewer steps than --steps {args.steps}")
-        if args.source != "--prompts":
-            raise UserError(f"--preview-steps goes with drawing; {args.source} draws nothing")
         if SAMPLERS[args.sampler].stochastic:
             raise UserError(f"--preview-steps needs a sampler such as dpm++: {args.sampler} draws noise at every step, "
                             "so that its previews tell next to nothing of the pictures")
@@ -229,20 +228,13 @@ def open_source(args) -> tuple[Source, dict, str]:
     return source, options, f"; {args.model} on {device} in {options['dtype']}"
 
 
-def verify(folder: Path) -> None:
-    damaged = damage(folder, cli.progress)
-    for number, problem in list(damaged.items())[:20]:
-        print(f"{folder}, row {number}: {problem}", file=sys.stderr)
-    if damaged:
-        raise UserError(f"{folder}: {len(damaged)} rows are damaged; the command that made it draws them again with "
-                        "--repair")
-    print(f"{folder}: as it was when it was finished")
-
-
 def main() -> None:
     args = parse_args()
     if args.verify:
-        return verify(Path(args.verify))
+        damaged = damage(Path(args.verify), cli.progress)
+        cli.refuse([f"{args.verify}, row {number}: {problem}" for number, problem in damaged.items()],
+                   f"{args.verify}: {len(damaged)} rows are damaged; the command that made it mends it with --repair")
+        return print(f"{args.verify}: as it was when it was finished")
     out = Path(args.out)
     if args.export_pickapic:
         load_pyarrow(Path(args.export_pickapic))             # missing packages are found before weeks of drawing
@@ -277,11 +269,8 @@ def main() -> None:
                     print(f"{out}: {summary['counts']}")
         if summary and args.export_pickapic:
             export_pickapic(out, Path(args.export_pickapic))
-    if problems:
-        for problem in problems[:20]:
-            print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
-        raise UserError(f"{len(problems)} rows failed, and are left out ({out / 'dataset.json'} has them all); the "
-                        "same command tries them again, with another --dtype if you like")
+    cli.refuse(problems, f"{len(problems)} rows failed, and are left out ({out / 'dataset.json'} has them all); the "
+               "same command tries them again, with another --dtype if you like")
 
 
 if __name__ == "__main__":

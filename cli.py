@@ -358,6 +358,14 @@ def print_from_any_rank() -> contextlib.AbstractContextManager:
     return contextlib.redirect_stdout(getattr(sys.stdout, "stdout", sys.stdout))
 
 
+def refuse(problems: list[str], summary: str) -> None:
+    """Where there are problems, the first 20 are printed, and the UserError is their summary."""
+    for problem in problems[:20]:
+        _say(problem, 2)
+    if problems:
+        raise UserError(summary)
+
+
 def _say(message: str, code: int) -> int:
     with contextlib.suppress(OSError):
         line = CONTROLS.sub(" ", " ".join(message.splitlines()))

@@ -19,7 +19,6 @@ What picture s of the run is, its cut, t and noise depend on --seed and s alone:
 import cli
 
 # isort: split
-import sys
 import time
 from datetime import timedelta
 from functools import lru_cache
@@ -89,11 +88,8 @@ def main() -> None:
         model.places(image.text, pipeline.tokenizer)
     if rank == 0 and not (Path(args.out) / "config.json").is_file():
         problems = unusable(images, cli.progress)
-        for problem in problems[:20]:
-            print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
-        if problems:
-            raise UserError(f"{len(problems)} of {len(images)} pictures of {args.images} cannot be trained on; mend "
-                            "them, or take them out of metadata.jsonl")
+        cli.refuse(problems, f"{len(problems)} of {len(images)} pictures of {args.images} cannot be trained on; mend "
+                   "them, or take them out of metadata.jsonl")
     unet, concept, alphas_cumprod = pipeline.unet, model.concept, pipeline.alphas_cumprod.to(device)
     drawing = Drawing(height=args.height, width=args.width, steps=20).for_model(pipeline)
     linear = [*concept.global_proj.parameters(), *concept.patch_proj.parameters()]

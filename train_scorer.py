@@ -23,7 +23,6 @@ import cli
 # isort: split
 import json
 import math
-import sys
 import time
 from datetime import timedelta
 from itertools import takewhile
@@ -244,10 +243,9 @@ def main() -> None:
                   f"{watch[0]['held_out_accuracy']:.1f} % at the start")
     if world > 1:
         dist.destroy_process_group()
-    if left_out and rank == 0:
-        for problem in left_out[:20]:
-            print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
-        raise UserError(f"{len(left_out)} pictures cannot be read, and are left out; {out / 'report.json'} names them")
+    if rank == 0:
+        cli.refuse(
+            left_out, f"{len(left_out)} pictures cannot be read, and are left out; {out / 'report.json'} names them")
 
 
 if __name__ == "__main__":
