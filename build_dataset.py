@@ -57,29 +57,22 @@ def parse_args():
     parser.add_argument("--out", metavar="DIR")
     parser.add_argument("--pool-size", type=cli.whole(2), default=20, help="pictures a prompt")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="draw with it; repeatable")
-    parser.add_argument("--scorer", help="see model/scorers.py (default: the model's own scorer/ if it has one, else "
-                        "pickscore)")
+    parser.add_argument("--scorer", help="see model/scorers.py (default: the model's own, else pickscore)")
     parser.add_argument("--winner-rank", type=cli.whole(1), default=1, help="in falling score")
     parser.add_argument("--loser-rank", type=cli.whole(2), help="in falling score (default: the last)")
-    parser.add_argument(
-        "--min-gap", type=cli.real(0), default=0.0, help="of the scores; what is not above it is no pair, but left out")
+    parser.add_argument("--min-gap", type=cli.real(0), default=0.0, help="of the scores; what is not above is no pair")
     parser.add_argument("--keep", default="pair", choices=("pair", "pool"), help="pool also keeps all latents")
     parser.add_argument("--images", choices=("none", "pair", "pool"), help="which pictures to keep (default: as "
                         "--keep; none keeps those of the sheet)")
-    parser.add_argument(
-        "--preview-steps", type=cli.whole(1), help="draw the pool with so few steps, and only its ends in full")
-    parser.add_argument(
-        "--preview-keep", type=cli.whole(1), default=2, help="with --preview-steps: how many at each end")
-    parser.add_argument(
-        "--shard", type=cli.shard_name, metavar="I/N", help="this job's part, 0/4 ... 3/4 (torchrun sets it)")
-    parser.add_argument("--reselect", metavar="DIR", help="a dataset kept with --keep pool; nothing is "
-                        "drawn, and with --scorer its pictures are scored anew")
+    parser.add_argument("--preview-steps", type=cli.whole(1), help="draw with so few steps, and only the ends in full")
+    parser.add_argument("--preview-keep", type=cli.whole(1), default=2, help="with --preview-steps: so many each end")
+    parser.add_argument("--shard", type=cli.shard_name, metavar="I/N", help="this job's part (torchrun sets it)")
+    parser.add_argument("--reselect", metavar="DIR", help="made with --keep pool; with --scorer it is scored anew")
     parser.add_argument("--from-pairs", metavar="FILE", help="Pick-a-Pic, HPD-v2, ImageRewardDB, or one's own")
     parser.add_argument("--from-images", metavar="DIR", help="pictures with metadata.jsonl (file_name, text), for SFT")
     parser.add_argument("--human-only", action="store_true", help="with --from-pairs: only prompts about people")
-    parser.add_argument(
-        "--export-pickapic", metavar="FILE", help="also write the finished dataset as Pick-a-Pic's parquet (for "
-        "diffusers' script); where --out is finished, only that")
+    parser.add_argument("--export-pickapic", metavar="FILE", help="also write Pick-a-Pic's parquet, for diffusers' "
+                        "script; where --out is finished, only that")
     parser.add_argument("--verify", metavar="DIR", help="say what of a finished dataset is not as it was, and end")
     parser.add_argument("--repair", action="store_true", help="first take out what is not as it was; it is made again")
     cli.add_drawing_options(parser, SAMPLERS)
@@ -231,9 +224,8 @@ def open_source(args) -> tuple[Source, dict, str]:
 def main() -> None:
     args = parse_args()
     if args.verify:
-        damaged = damage(Path(args.verify), cli.progress)
-        cli.refuse([f"{args.verify}, row {number}: {problem}" for number, problem in damaged.items()],
-                   f"{args.verify}: {len(damaged)} rows are damaged; the command that made it mends it with --repair")
+        problems = [f"row {number}: {problem}" for number, problem in damage(Path(args.verify), cli.progress).items()]
+        cli.refuse(problems, f"{args.verify}: {len(problems)} rows are damaged; its command mends it with --repair")
         return print(f"{args.verify}: as it was when it was finished")
     out = Path(args.out)
     if args.export_pickapic:

@@ -50,8 +50,7 @@ LATER = {"lr_schedule": "constant", "ema": 0.0, "sft_weight": 0.0, "discount": 1
 
 def parse_args():
     parser = cli.common_parser(__doc__)
-    parser.add_argument("--data", required=True, nargs="+", metavar="DIR", help="made by build_dataset.py; several are "
-                        "joined")
+    parser.add_argument("--data", required=True, nargs="+", metavar="DIR", help="of build_dataset.py; several join")
     parser.add_argument("--out", required=True, metavar="DIR", help="the run; the same command goes on with it")
     parser.add_argument("--loss", default="hg-dpo", choices=tuple(LOSSES), help="see losses/table.py")
     for name, option in OPTIONS.items():
@@ -61,8 +60,7 @@ def parse_args():
             type=cli.real(option.least, option.above, below=option.below, auto=option.auto is not None),
             help=f"{option.help} (default: " + ", ".join(f"{kind} {value:g}" for kind, value in defaults.items()) + ")")
     parser.add_argument("--sft-weight", type=cli.real(0), default=0.0, help="of the winners' error, added to the loss")
-    parser.add_argument("--holdout", type=cli.whole(0), default=0, help="with --sample-every: pairs kept out of "
-                        "training, for the held-out accuracy")
+    parser.add_argument("--holdout", type=cli.whole(0), default=0, help="with --sample-every: pairs kept to measure on")
     parser.add_argument("--full", action="store_true", help="train the whole U-Net (with a loss without reference)")
     cli.add_lora_options(parser)
     cli.add_training_options(

@@ -264,7 +264,7 @@ def test_damage_is_named_and_made_again(what, whole, options, program, tmp_path,
     do(out)
     assert program(build_dataset, "--verify", out) == 2
     said = capsys.readouterr().err
-    assert {int(row) for row in re.findall(r", row (\d+): \S+ is not (?:there|as it was)", said)} == rows_of
+    assert {int(row) for row in re.findall(r"row (\d+): \S+ is not (?:there|as it was)", said)} == rows_of
     assert f"{len(rows_of)} rows are damaged" in said
     pair, drawn = build_dataset.pair_from_pool, []
     monkeypatch.setattr(build_dataset, "pair_from_pool", lambda *arguments: drawn.append(1) or pair(*arguments))
