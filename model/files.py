@@ -227,6 +227,13 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
     return shapes, metadata
 
 
+def is_plain(value: object) -> bool:
+    """A dense tensor with contents of its own. A pickle also holds sparse and nested ones, ones without contents, and
+    single numbers that are shown as billions: whoever copies such a one has no memory left."""
+    return isinstance(value, Tensor) and value.device.type == "cpu" and value.layout == torch.strided \
+        and not value.is_nested and not value.is_quantized and value.nbytes <= value.untyped_storage().nbytes()
+
+
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a pickle, which is opened for tensors only, so that no code in it can run; of a training
     checkpoint its `state_dict`."""
@@ -235,7 +242,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         tensors = tensors.get("state_dict", tensors)
     except Exception:                          # zip, pickle and runtime errors alike mean a bad file
         tensors = None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and is_plain(tensor) for name, tensor in tensors.items()):
         raise UserError(f"{path}: cannot be read as plain tensors; download it again, or get a .safetensors")
     return tensors
 

@@ -521,6 +521,11 @@ DAMAGE = {        # what was done, and what the line says after the folder's pat
     "bad .bin": (bin_of(b"<html>"), "unet/diffusion_pytorch_model.bin: cannot be read as plain tensors"),
     "no tensors in .bin": (bin_of({"a": "b"}), "unet/diffusion_pytorch_model.bin: cannot be read as plain tensors"),
     "code in .bin": (bin_of({"a": Code()}), "unet/diffusion_pytorch_model.bin: cannot be read as plain tensors"),
+    **{f"{kind} in .bin": (bin_of(content), "unet/diffusion_pytorch_model.bin: cannot be read as plain tensors")
+       for kind, content in {
+           "no contents": {CONV1: torch.empty(2, device="meta")}, "sparse": {CONV1: torch.ones(2).to_sparse()},
+           "one number shown as billions": {CONV1: torch.ones(1).expand(10**5, 10**5)},
+           "no name": {7: torch.ones(1)}}.items()},
     "SDXL folder": (
         lambda f: edit(f / "model_index.json", text_encoder_2=[], _class_name="StableDiffusionXLPipeline"),
         ": a StableDiffusionXLPipeline; only Stable Diffusion 1.x is supported"),
