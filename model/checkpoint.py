@@ -27,7 +27,7 @@ from .builtin import BUILT_IN
 from .clip import CLIPTextEncoder
 from .configs import check_scheduler, text_arguments, unet_arguments, vae_arguments
 from .errors import UserError
-from .files import read_header, read_json, read_tensors, write_tensors, write_text
+from .files import check_weight, read_header, read_json, read_tensors, write_tensors, write_text
 from .hub import PARTS, fetch, pipeline_files, vae_files, weight_files
 from .lora import base_state_dict, load_lora, lora_disabled, lora_layers, merge_lora, split_lora
 from .tokenizer import Tokenizer
@@ -154,6 +154,8 @@ def load_weights(
     for name, tensor in wanted.items():
         if tensors[name].shape != tensor.shape:
             raise UserError(f"{where}: {name} is {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}")
+        if tensor.is_floating_point():         # not so is how many batches a norm has seen
+            check_weight(tensors[name], name, where)
     state = {name: tensors[name].to(device, dtype) for name in wanted}
     for name, tensor in state.items():
         if not is_finite(tensor):

@@ -193,6 +193,10 @@ def read_lines(path: Path, cut: bool = False, **expected: type | tuple) -> list[
 
 # Weights
 
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
+INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+
+
 def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """The shapes (name -> shape) and the metadata of a safetensors file, without reading any tensor.
 
@@ -218,7 +222,8 @@ def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
             metadata = header.pop("__metadata__", {})
             shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
             whole = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            if not all(isinstance(text, str) for text in metadata.values()):
+            if not all(isinstance(text, str) for text in metadata.values()) or not all(
+                    is_a(size, int) for shape in shapes.values() for size in shape):
                 raise TypeError
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path}: its safetensors header is damaged; download it again") from None
@@ -256,6 +261,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return read_pickle(path)
     read_header(path)
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, UnicodeError, TypeError) as error:      # the last two: a name that is not UTF-8
         raise UserError(f"{path}: {error}; download it again, under a plain name") from None
+    for name, tensor in tensors.items():       # complex ones would lose half; with others torch does not compute
+        if tensor.dtype not in FLOATS | INTEGERS:
+            raise UserError(f"{path}: {name} is of {tensor.dtype}, which is not read; get it in float16 or float32")
+    return tensors
+
+
+def check_weight(tensor: Tensor, name: str, where: str | Path) -> None:
+    """UserError where it is of whole numbers: what is quantised is no weight before it is scaled, and nobody says
+    by what."""
+    if tensor.dtype not in FLOATS:
+        raise UserError(f"{where}: {name} is of {tensor.dtype}, not a weight as it is; get it in float16 or float32")

@@ -492,6 +492,9 @@ DAMAGE = {        # what was done, and what the line says after the folder's pat
     "no JSON header": (replaced(UNET, lambda b: b[:9] + b"?" + b[10:]), f"{UNET}: its safetensors header is damaged"),
     "odd header": (
         replaced(UNET, b'\x14\0\0\0\0\0\0\0{"a": {"shape": []}}'), f"{UNET}: its safetensors header is damaged"),
+    "odd shape": (
+        replaced(UNET, b'\x2f\0\0\0\0\0\0\0{"a": {"shape": [[1]], "data_offsets": [0, 0]}}'),
+        f"{UNET}: its safetensors header is damaged"),
     "NaN": (
         damaged(UNET, poisoned(float("nan"))),
         f"{UNET}: NaN or infinite values in {CONV1} as torch.float32; the file is damaged"),
@@ -501,6 +504,10 @@ DAMAGE = {        # what was done, and what the line says after the folder's pat
     "missing key": (
         damaged(UNET, lambda t: t.pop("conv_in.bias")),
         f"{UNET}: 496 tensors expected; missing: 1 (conv_in.bias); unexpected: 0"),
+    "quantised": (
+        damaged(UNET, lambda t: t.update({CONV1: t[CONV1].to(torch.int8)})),
+        f"{UNET}: {CONV1} is of torch.int8, not a weight as it is; get it in float16 or float32"),
+    "complex": (damaged(UNET, lambda t: t.update({CONV1: t[CONV1] * 1j})), f"{UNET}: {CONV1} is of torch.complex64"),
     "extra key": (damaged(VAE_FILE, lambda t: t.update(x=torch.ones(1))), "missing: 0; unexpected: 1 (x)"),
     "wrong shape": (
         damaged(UNET, lambda t: t.update({"conv_in.weight": torch.ones(32, 9, 3, 3)})),

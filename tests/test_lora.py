@@ -584,6 +584,8 @@ REFUSED = {
     "no up": ({k: x for k, x in one_pair().items() if "up" not in k}, f"half of the pair for {TO_Q} is missing"),
     "alpha of several numbers": (one_pair(alpha=torch.ones(2)), f"alpha at {TO_Q} is no single number"),
     "alpha is NaN": (one_pair(alpha=torch.tensor(float("nan"))), f"NaN or infinite values at {TO_Q}"),
+    "quantised": (one_pair() | {f"{STEM}.lora_up.weight": torch.ones(32, 2, dtype=torch.int8)}, "of torch.int8, not a"),
+    "complex": (one_pair() | {f"{STEM}.lora_up.weight": torch.ones(32, 2) * 1j}, "of torch.complex64"),
     "rank 0": (kohya(TO_Q, torch.ones(0, 32), torch.ones(32, 0)), "LoRA's is of rank 0"),
     "no matrices": (kohya(TO_Q, torch.ones(()), torch.ones(())), "LoRA's is of rank 0"),
     "alpha alone": ({k: x for k, x in one_pair().items() if "alpha" in k}, f"half of the pair for {TO_Q} is missing"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ldm
 from ..errors import UserError
-from ..files import is_a, parse_object, read_header, read_json, read_tensors, write_tensors
+from ..files import check_weight, is_a, parse_object, read_header, read_json, read_tensors, write_tensors
 from .layers import ATTENTION_LINEARS, adapted, lora_layers
 
 REFUSED = {
@@ -121,6 +121,8 @@ def load_lora(
         end = next((end for end in ENDS if key.endswith(end)), "")
         stem = key.removesuffix(end)
         if end and stem in places:
+            if ENDS[end] != "alpha":
+                check_weight(tensor, key, path)
             found.setdefault(places[stem], {})[ENDS[end]] = tensor.float()
         elif tensor.any() and (text_encoder is not None or not OF_A_TEXT_ENCODER.match(key)):
             unexpected.append(key)
