@@ -271,11 +271,7 @@ def load_pipeline(
         raise UserError(
             f"{source}: the U-Net expects text features {unet_args['cross_attention_dim']} wide and the text encoder "
             f"makes {text_args['hidden_size']}; the parts are from different models")
-    tokens, positions = tokenizer.core.get_vocab_size(), tokenizer.max_length
-    if tokens > text_args["vocab_size"] or positions > text_args["max_position_embeddings"]:
-        raise UserError(
-            f"{source}: the tokenizer makes up to {positions} of {tokens} tokens and the text encoder takes up to "
-            f"{text_args['max_position_embeddings']} of {text_args['vocab_size']}; the parts are from different models")
+    tokenizer.check_fits(text_args, source)
     unet = load_weights(lambda: UNet(**unet_args), parts["unet"], wheres["unet"], device, dtype)
     text_encoder = load_weights(
         lambda: CLIPTextEncoder(**text_args), mend_text_names(parts["text_encoder"]), wheres["text_encoder"], device,
@@ -299,7 +295,8 @@ def check_added_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     words = [one.get("content") for one in told.values() if isinstance(one, dict)] if isinstance(told, dict) else []
     if (folder / "added_tokens.json").is_file():
         words += read_json(folder / "added_tokens.json")       # token -> id
-    if added := [word for word in words if isinstance(word, str) and tokenizer.core.token_to_id(word) is None]:
+    known = tokenizer.core.get_vocab() if words else {}        # it takes what is no UTF-8, as token_to_id does not
+    if added := [word for word in words if isinstance(word, str) and word not in known]:
         raise UserError(f"{folder}: words were added to its vocabulary ({', '.join(added)[:60]}), as by textual "
                         "inversion; that is not read here, take the model without them")
 

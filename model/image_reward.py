@@ -107,7 +107,8 @@ def load_image_reward(
     beside = [path.parent / name for name in ("vocab.txt", "tokenizer.json") if (path.parent / name).is_file()]
     words_file = beside[0] if beside else find_file(WORDS, "vocab.txt", "tokenizer.json")
     words = WordPiece(words_file)
-    size, wanted = words.core.get_vocab_size(), len(network.blip.text_encoder.embeddings.word_embeddings.weight)
+    size = max(words.core.get_vocab().values()) + 1            # ids may leave gaps
+    wanted = len(network.blip.text_encoder.embeddings.word_embeddings.weight)
     if size != wanted:
         raise UserError(f"{words_file}: {size} words with [DEC] and [ENC], and the network has {wanted}")
     return ImageReward(network, words)

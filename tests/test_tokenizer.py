@@ -204,6 +204,8 @@ def without(content: bytes, *entries: str) -> bytes:
     ("tokenizer_config.json", lambda content: b'{"model_max_length": -1}', "model_max_length is -1"),
     ("special_tokens_map.json", lambda content: b'{"pad_token": 7}', "cannot be read"),
     ("special_tokens_map.json", lambda content: b'{"pad_token": "nope"}', "no 'nope'"),
+    ("special_tokens_map.json", lambda content: b'{"pad_token": {"content": 7}}', "cannot be read"),
+    ("special_tokens_map.json", lambda content: b'{"pad_token": "\\ud83d"}', "cannot be read"),
 ])
 def test_damaged_files_are_refused_in_one_line(folder, name, damage, says):
     if damage is None:
@@ -213,6 +215,16 @@ def test_damaged_files_are_refused_in_one_line(folder, name, damage, says):
     with pytest.raises(UserError) as error:
         Tokenizer.from_folder(folder)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_id_for_which_there_is_no_embedding_is_refused(folder, clip):
+    """Ids may leave gaps, so that their number does not tell."""
+    sizes = {"vocab_size": 49408, "max_position_embeddings": 77}
+    clip.check_fits(sizes, "here")
+    vocab = json.loads((folder / "vocab.json").read_bytes())
+    (folder / "vocab.json").write_text(json.dumps(vocab | {"!": 60_000}))
+    with pytest.raises(UserError, match="^here: the tokenizer makes up to 77 of 60001 tokens"):
+        Tokenizer.from_folder(folder).check_fits(sizes, "here")
 
 
 @pytest.mark.parametrize("content", [b"{", b"{}", b"<html>", b"\xff", b'{"model": {"type": "BPE"}}'])
