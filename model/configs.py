@@ -30,14 +30,18 @@ def check_config(where: str, config: dict, fixed: dict[str, object], free: Seque
             refuse(where, key, False, True)
 
 
+LEVELS = 8                                     # of a U-Net or VAE, at most; SD1.5 has 4
+
+
 def numbers(where: str, config: dict, defaults: dict[str, int | tuple[int, ...]]) -> dict:
     """Of config the keys of `defaults`: a whole number from 1 on, or a list of them where the default is a tuple. No
-    network is as wide or as deep as the limits: a damaged number is not to be built from."""
+    network is as wide, as deep or of as many levels as the limits: a damaged number is not to be built from."""
     found = {}
     for key, default in defaults.items():
         value, several = config.get(key, default), isinstance(default, tuple)
-        items, limit = value if several else [value], 1000 if "layers" in key else 1_000_000
-        if not items or not isinstance(items, (list, tuple)) or not all(is_a(n, int) and 0 < n <= limit for n in items):
+        items, limit = value if several else [value], 64 if "layers" in key else 500_000
+        if not isinstance(items, (list, tuple)) or not 0 < len(items) <= LEVELS \
+                or not all(is_a(n, int) and 0 < n <= limit for n in items):
             refuse(where, key, value, "a list of whole numbers" if several else "a whole number")
         found[key] = tuple(value) if several else value
     return found
@@ -79,6 +83,8 @@ def unet_arguments(config: dict, where: str) -> dict:
     widths = arguments["block_out_channels"]
     if len(widths) != len(down):
         refuse(where, "block_out_channels", widths, f"{len(down)} widths, one for each of down_block_types")
+    if widths[0] % 2:
+        refuse(where, "block_out_channels", widths, "an even first width, for the sines and cosines of the step")
     check_divides(where, "norm_num_groups", arguments["norm_num_groups"], widths)
     attended = [width for width, a in zip(widths, attention) if a] + [widths[-1]]      # the middle block always has it
     check_divides(where, "attention_head_dim", arguments["attention_head_dim"], attended)
@@ -168,6 +174,8 @@ def clip_arguments(config: dict, where: str) -> dict:
     vision = tower_arguments(config["vision_config"], where, {
         "image_size": 224, "patch_size": 32, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
         "intermediate_size": 3072})
+    if vision["patch_size"] > vision["image_size"]:
+        refuse(where, "patch_size", vision["patch_size"], f"at most image_size, {vision['image_size']}")
     return {
         "text": text_arguments(config["text_config"], where), "vision": vision,
         **numbers(where, config, {"projection_dim": 512})}

@@ -158,6 +158,7 @@ def load_clip(source: str, device: str | torch.device, dtype: torch.dtype) -> tu
     config, tensors, where = read_part(folder, "", "model")
     tokenizer = Tokenizer.from_folder(folder)
     arguments = clip_arguments(config, f"{source}: config.json")
+    tokenizer.check_fits(arguments["text"], source)
     tensors = {k: v for k, v in tensors.items() if not k.endswith("embeddings.position_ids")}
     clip = load_weights(lambda: CLIP(**arguments, eos=tokenizer.eos), tensors, where, device, dtype)
     return clip, tokenizer, clip_preprocessor(folder, arguments["vision"]["image_size"])
@@ -179,12 +180,13 @@ def clip_preprocessor(folder: Path, image_size: int) -> dict:
         if config.get(key, values[0]) not in values:
             raise UserError(f"{path}: {key} is {config[key]!r:.60}, and this network takes {values[0]}")
     size = config["size"].get("shortest_edge") if isinstance(config["size"], dict) else config["size"]
-    if not is_a(size, int) or size < 1:
-        raise UserError(f"{path}: size is {config['size']!r:.60}; only a shortest_edge is supported")
-    for key in ("image_mean", "image_std"):
+    if not is_a(size, int) or not 1 <= size <= 2 * image_size:
+        raise UserError(f"{path}: size is {config['size']!r:.60}; a shortest_edge of {2 * image_size} at most was "
+                        "expected")
+    for key, least in (("image_mean", -1000), ("image_std", 0.001)):
         value = config.get(key, [1, 1, 1])
-        if not is_a(value, list) or len(value) != 3 or not all(is_a(x, float) and math.isfinite(x) for x in value):
-            raise UserError(f"{path}: {key} is {value!r:.60}; three numbers were expected")
+        if not is_a(value, list) or len(value) != 3 or not all(is_a(x, float) and least <= x <= 1000 for x in value):
+            raise UserError(f"{path}: {key} is {value!r:.60}; three numbers from {least} to 1000 were expected")
     return config
 
 

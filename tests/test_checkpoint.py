@@ -242,7 +242,8 @@ NOT_SD15 = [
     (unet_arguments, "layers_per_block", 0), (unet_arguments, "norm_num_groups", 5),
     (unet_arguments, "norm_num_groups", None), (unet_arguments, "attention_head_dim", 5),
     (unet_arguments, "sample_size", "64"), (unet_arguments, "sample_size", -64),
-    (unet_arguments, "sample_size", [64]), (unet_arguments, "layers_per_block", 10**9),
+    (unet_arguments, "sample_size", [64]), (unet_arguments, "layers_per_block", 65),
+    (unet_arguments, "block_out_channels", [33, 64, 96]), (vae_arguments, "block_out_channels", [16] * 9),
     (vae_arguments, "latent_channels", 16), (vae_arguments, "use_quant_conv", False),
     (vae_arguments, "shift_factor", 0.1159), (vae_arguments, "latents_mean", [0.0] * 4),
     (vae_arguments, "mid_block_add_attention", False), (vae_arguments, "block_out_channels", []),
@@ -729,6 +730,8 @@ def test_words_that_were_added_are_refused(folder):
         load_pipeline(folder)
     (folder / "tokenizer" / "added_tokens.json").write_text('{"<sks-man>": 49408, "<|startoftext|>": 49406}')
     assert "words were added to its vocabulary (<sks-man>)" in refusal(load_pipeline, folder)
+    (folder / "tokenizer" / "added_tokens.json").write_text('{"half \\ud83d": 49408}')
+    assert "words were added to its vocabulary (half " in refusal(load_pipeline, folder)
 
 
 def test_a_scheduler_of_deis_or_unipc_is_read_as_diffusers_makes_it_one_of_ours(folder):

@@ -340,10 +340,17 @@ REFUSED = {
     "another picture size": (edit("preprocessor_config.json", crop_size=224), "crop_size is 224, .* takes 35"),
     "another resampling": (edit("preprocessor_config.json", resample=2), "resample is 2"),
     "no normalisation": (edit("preprocessor_config.json", do_normalize=False), "do_normalize is False"),
-    "a size in words": (edit("preprocessor_config.json", size={"shortest_edge": "38"}), "only a shortest_edge"),
+    "a size in words": (edit("preprocessor_config.json", size={"shortest_edge": "38"}), "a shortest_edge of 70 at"),
     "two means": (edit("preprocessor_config.json", image_mean=[0.5, 0.5]), "image_mean is .*three numbers"),
     "a NaN": (edit("preprocessor_config.json", image_std=[1, 1, math.nan]), "image_std is .*three numbers"),
-    "a stretched picture": (edit("preprocessor_config.json", size={"height": 35, "width": 35}), "only a shortest_edge")}
+    "a stretched picture": (edit("preprocessor_config.json", size={"height": 35, "width": 35}), "shortest_edge of 70"),
+    "a picture of gigabytes": (edit("preprocessor_config.json", size=20_000), "shortest_edge of 70 at most"),
+    "a deviation of 0": (edit("preprocessor_config.json", image_std=[1, 1, 0]), "numbers from 0.001 to 1000"),
+    "a mean of 400 digits": (edit("preprocessor_config.json", image_mean=[0, 0, 10**400]), "numbers from -1000 to"),
+    "patches wider than the picture": (edit("config.json", vision_config__patch_size=36), "patch_size is 36"),
+    "fewer words than the tokenizer has": (edit("config.json", text_config__vocab_size=49_407), "up to 77 of 49407"),
+    "fewer places than the tokenizer fills": (
+        edit("config.json", text_config__max_position_embeddings=76), "takes up to 76 of 49408")}
 
 
 @pytest.mark.parametrize("change, words", REFUSED.values(), ids=REFUSED)
