@@ -23,10 +23,11 @@ def parameters(prompt: str, negative_prompt: str, settings: dict[str, object]) -
 
 
 def read_parameters(text: str) -> dict[str, str]:
-    """The settings in such a text, with "Negative prompt" as one of them. A1111's own texts are read as well."""
+    """The settings in such a text, with "Negative prompt" as one of them. A1111's own texts are read as well. Of the
+    settings' line 4,000 characters count: to look through it takes time by its square."""
     *prompt, last = text.split("\n")
     found = {}
-    for key, value in re.findall(r'(\w[\w ]*): ("(?:\\.|[^\\"])*"|[^,]*)(?:, |$)', last):
+    for key, value in re.findall(r'(\w[\w ]*): ("(?:\\.|[^\\"])*"|[^,]*)(?:, |$)', last[:4000]):
         found[key] = value.strip()
         with contextlib.suppress(ValueError):  # quotes that are no JSON stay as they are
             found[key] = json.loads(value) if value.startswith('"') else found[key]
@@ -98,7 +99,7 @@ def curves(series: dict[str, list[float]], width: int = 720, height: int = 150) 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, most: int = 3) -> list[str]:
     """At most `most` lines of at most `width` pixels, cut between words where there is a space; dots stand for the
     rest."""
-    lines, rest = [], " ".join(text.split())
+    lines, rest = [], " ".join(text.split())[:1000]            # no three lines hold more
     while rest and len(lines) < most:
         fit = bisect_right(range(1, len(rest) + 1), width, key=lambda n: font.getlength(rest[:n]))     # characters
         if fit < len(rest):

@@ -16,6 +16,9 @@ import warnings
 
 import torch
 
+from model.errors import UserError
+
+LONGEST = 10_000  # characters of a prompt with weights, some 2,000 words: its brackets take time by their square
 BREAK = ("", 0.0)  # the segment that ends a chunk; never a text, for no text is empty
 COMMA_BACKTRACK = 20  # a full chunk is cut after a comma that is this near to its end (A1111's default)
 
@@ -41,6 +44,9 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     >>> parse_weights("a (cat:1.5) in (((snow)")
     [('a ', 1.0), ('cat', 1.5), (' in ', 1.0), ('snow', 1.3310000000000004)]
     """
+    if len(prompt) > LONGEST:
+        raise UserError(
+            f"prompt {prompt[:80]!r}: {len(prompt):,} characters; with weights at most {LONGEST:,} are read")
     if found := UNSUPPORTED.search(prompt):
         warnings.warn(
             f"AND, [a:b:0.5], [a|b] and <lora:...> are not supported and taken literally: {found[0]!r}", stacklevel=2)

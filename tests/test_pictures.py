@@ -248,3 +248,4 @@ def test_settings_are_read_back():
     assert read_parameters("a\nSteps: 20, Size: 1x2, Version: v1.10.1")["Version"] == "v1.10.1"
     assert read_parameters('a\nSteps: 20, Model: "\\q"') == {"Steps": "20", "Model": '"\\q"'}
     assert read_parameters("") == read_parameters("a, b") == {}
+    assert read_parameters(f"a\nSteps: 20, Note: {'x' * 4000}, Size: 1x2") == {"Steps": "20", "Note": "x" * 3983}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from model.errors import UserError
 from sampling.prompt import BREAK, emphasise, encode_prompts, parse_weights, split_chunks
 
 BOS, EOS, COMMA = 98, 99, 1
@@ -106,6 +107,12 @@ def test_grammar(prompt, expected):
     segments = parse_weights(prompt)
     assert [text for text, _ in segments] == [text for text, _ in expected]
     assert [weight for _, weight in segments] == pytest.approx([weight for _, weight in expected], rel=1e-12)
+
+
+def test_a_prompt_that_would_take_minutes_to_read_is_refused():
+    with pytest.raises(UserError, match=r"^prompt '\(a\(a.*': 10,002 characters; with weights at most 10,000 are read"):
+        parse_weights("(a" * 5001)
+    assert parse_weights("a " * 5000) == [("a " * 5000, 1.0)]
 
 
 @pytest.mark.parametrize("prompt", ["a cat AND a dog", "[a:b:0.5]", "[a [b]:3]", "x [a|b]", "<lora:name:0.8> a"])
