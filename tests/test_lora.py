@@ -637,6 +637,11 @@ SETTINGS = {               # lora_adapter_metadata, and what is said of it, or t
     "patterns in a list": ({"alpha_pattern": ["to_q"]}, "alpha_pattern is .*; dict was expected"),
     "no pattern": ({"alpha_pattern": {"to_(q": 4}}, r"alpha_pattern has 'to_\(q', no regular expression"),
     "an endless pattern": ({"alpha_pattern": {"q{99999999999}": 4}}, "no regular expression"),
+    "a pattern for ever": ({"alpha_pattern": {"(.*)*x": 4}}, r"alpha_pattern has '\(\.\*\)\*x'; up to 2000 patterns"),
+    "three repeats": ({"alpha_pattern": {".*.*.*x": 4}}, "each with two repeats or less"),
+    "a long pattern": ({"alpha_pattern": {"x" * 301: 4}}, "up to 2000 patterns"),
+    "many patterns": ({"alpha_pattern": {f"x{i}": 4 for i in range(2001)}}, "up to 2000 patterns"),
+    "two repeats": (GOOD | {"unet.alpha_pattern": {r".*attn1\.to_[qk]+": 7}}, 7),
     "a pattern's alpha": ({"alpha_pattern": {"to_q": "4"}}, f"alpha at {TO_Q} is '4'; a finite number was expected"),
     "rslora": ({"use_rslora": "no"}, "use_rslora is 'no'; bool was expected")}
 

@@ -204,7 +204,13 @@ def config_alpha(config: dict, part: str, layer_path: str, rank: int, where: str
         return default if found is None else found
 
     alpha = value("lora_alpha", float, rank) or rank
-    for pattern, other in value("alpha_pattern", dict, {}).items():
+    patterns = value("alpha_pattern", dict, {})
+    for pattern, other in patterns.items():
+        # A stranger's regular expression: (.*)*x would be matched until the end of days.
+        if len(patterns) > 2000 or len(pattern) > 300 or re.search(r"\)[*+?{]", pattern) \
+                or len(re.findall(r"[*+?{]", pattern)) > 2:
+            raise UserError(f"{where}: alpha_pattern has {pattern!r:.40}; up to 2000 patterns are read, each with two "
+                            "repeats or less, and none of a group")
         try:
             alpha = other if re.fullmatch(rf"(.*\.)?({pattern})", layer_path) else alpha
         except (re.error, OverflowError, RecursionError) as error:
