@@ -73,7 +73,8 @@ class Preference:
         if self.cell is None:
             return find_picture(self.file.parent, name, self.where())
         group, i = self.cell
-        content = picture_columns(self.file, group, *sorted(self.names().values()))[name][i].as_py()
+        with damage_named(self.file):
+            content = picture_columns(self.file, group, *sorted(self.names().values()))[name][i].as_py()
         return content if isinstance(content, bytes) else b""
 
     def names(self) -> dict[str, str]:
@@ -321,14 +322,21 @@ def load_pyarrow(file: Path):
 
 
 @contextlib.contextmanager
-def parquet(file: Path) -> Iterator:
+def damage_named(file: Path) -> Iterator:
+    """Yields pyarrow; UserError on what it cannot read."""
     pyarrow = load_pyarrow(file)
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            yield table
-    except (pyarrow.ArrowException, OSError, ValueError) as error:               # the last: a text that is not UTF-8
+        yield pyarrow
+    # The last three: a text that is not UTF-8, a date or duration that Python has not, a column that is there twice.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{file}: damaged parquet ({reason:.200}); download it again") from None
+
+
+@contextlib.contextmanager
+def parquet(file: Path) -> Iterator:
+    with damage_named(file) as pyarrow, pyarrow.parquet.ParquetFile(file) as table:
+        yield table
 
 
 def is_parquet(file: Path) -> bool:
@@ -349,6 +357,8 @@ def table_rows(file: Path) -> Iterator[tuple[int, dict, PreferenceFormat, tuple[
     with parquet(file) as table:
         names = table.schema_arrow.names
         form, number = format_of(names, str(file), table=True), 0
+        if table.metadata.num_rows > (size := file.stat().st_size):              # the same ones, packed a millionfold
+            raise UserError(f"{file}: {table.metadata.num_rows:,} rows in {size:,} bytes; no list of preferences")
         columns = [name for name in names if name in form.columns]
         for group in range(table.num_row_groups):
             for i, row in enumerate(table.read_row_group(group, columns).to_pylist()):

@@ -322,6 +322,27 @@ def test_truncated_pictures(tmp_path, form):
         cut.load()
 
 
+def test_tables_of_other_kinds_of_values(tmp_path):
+    """What Python has no value for, a column that is there twice, and a list that is packed a thousandfold."""
+    days = pyarrow.array([2**62], pyarrow.duration("s"))
+    picture = pyarrow.array([encoded("red")])
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 1, picture.buffers())                      # is not UTF-8
+    columns = {"caption": pyarrow.array(["a"]), "jpg_0": picture, "jpg_1": picture, "label_0": pyarrow.array([1.0])}
+
+    def refused(words: str, names: list[str], values: list) -> None:
+        preferences.picture_columns.cache_clear()
+        pyarrow.parquet.write_table(pyarrow.Table.from_arrays(values, names), tmp_path / "p.parquet")
+        with pytest.raises(UserError, match=words) as error:
+            [pair.load() for pair in read_pairs(tmp_path / "p.parquet")]
+        assert "\n" not in str(error.value)
+
+    for name, value in (("caption", days), ("label_0", days), ("jpg_0", days), ("jpg_0", text)):
+        refused("p.parquet: damaged parquet", list(columns), [*(columns | {name: value}).values()])
+    refused("p.parquet: damaged parquet", [*columns, "jpg_0"], [*columns.values(), text])
+    same = [pyarrow.array([name] * 50_000) for name in ("a", "red.png", "red.png")]
+    refused("50,000 rows in .* bytes; no list of preferences", ["prompt", "winner", "loser"], same)
+
+
 def test_other_pictures(tmp_path):
     write_pickapic(tmp_path / "p.parquet", [("a", content, None, 1.0) for content in (b"<html>", b"", None)])
     for pair in read_pairs(tmp_path / "p.parquet"):
