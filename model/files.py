@@ -242,6 +242,9 @@ def is_plain(value: object) -> bool:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a pickle, which is opened for tensors only, so that no code in it can run; of a training
     checkpoint its `state_dict`."""
+    if torch.__version__ < (2, 10):
+        raise UserError(f"{path}: a pickle, in which torch before 2.10 can be made to run code (CVE-2026-24747); "
+                        "update torch, or get a .safetensors")
     try:
         tensors = torch.load(was_read(path), map_location="cpu", weights_only=True, mmap=True)
         tensors = tensors.get("state_dict", tensors)

@@ -136,6 +136,15 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
         assert "File too large" in ended.stderr and path.read_text() == "old" and len(list(tmp_path.glob(".*"))) == 0
 
 
+def test_a_pickle_is_not_opened_by_a_torch_that_may_run_it(tmp_path, monkeypatch):
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.bin")
+    assert read_tensors(tmp_path / "a.bin").keys() == {"a"}
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.9.1+cpu"))
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(UserError, match="a.bin: a pickle, in which torch before 2.10 can be made to run code"):
+        read_tensors(tmp_path / "a.bin")
+
+
 def test_what_is_written_is_whole_or_not_there(tmp_path):
     with pytest.raises(KeyError), atomic_write(tmp_path / "a") as part:
         part.write_text("half")
