@@ -44,8 +44,7 @@ from model.scorers import digest_of_scorer, load_scorer
 from pictures import parameters
 from sampling import SAMPLERS, Drawing, picture_settings, sample_latents, to_picture
 
-# Options that are not noted in dataset.json, and of those that are the ones that may change: names, whose contents are
-# noted as digests, and what can only add rows.
+# Not noted in dataset.json, and noted, but free to change: names, whose contents are noted as digests.
 NOT_NOTED = ("out", "verify", "repair", "device", "batch_size", "shard", "export_pickapic", "limit", "source")
 MAY_CHANGE = ("model", "vae", "prompts", "category", "scorer", "from_pairs", "from_images", "reselect")
 SOURCES = ("reselect", "from_pairs", "from_images", "prompts")

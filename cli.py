@@ -358,6 +358,12 @@ def print_from_any_rank() -> contextlib.AbstractContextManager:
     return contextlib.redirect_stdout(getattr(sys.stdout, "stdout", sys.stdout))
 
 
+def refuse_float16(dtype: str) -> None:
+    """For what trains, without a loss scaler."""
+    if dtype == "float16":
+        raise UserError("--dtype float16: small gradients vanish in it; use bfloat16 or float32")
+
+
 def refuse(problems: list[str], summary: str) -> None:
     """Where there are problems, the first 20 are printed, and the UserError is their summary."""
     for problem in problems[:20]:

@@ -69,14 +69,11 @@ def parse_args():
     if args.full and LOSSES[args.loss].takes("eps_ref"):
         without = ", ".join(name for name, loss in LOSSES.items() if not loss.takes("eps_ref"))
         raise UserError(f"--full is for --loss {without}; {args.loss} needs the frozen U-Net as its reference")
-    for name in ("rank", "alpha"):
-        if getattr(args, name) is not None and (args.init_lora or args.full):
+    for name in ("rank", "alpha", "init_lora"):
+        if getattr(args, name) is not None and (args.full or args.init_lora and name != "init_lora"):
             reason = "--full trains no LoRA" if args.full else "it is that of --init-lora's file"
-            raise UserError(f"--{name} {getattr(args, name)}: {reason}")
-    if args.full and args.init_lora:
-        raise UserError("--full --init-lora: train a LoRA, or the whole U-Net")
-    if args.dtype == "float16":
-        raise UserError("--dtype float16: small gradients vanish in it; use bfloat16 or float32")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {reason}")
+    cli.refuse_float16(args.dtype)
     for name, option in OPTIONS.items():
         if option.instead_of and getattr(args, name) and getattr(args, option.instead_of) is not None:
             raise UserError(f"--{name} goes without --{option.instead_of.replace('_', '-')}: it takes its place")

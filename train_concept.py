@@ -63,8 +63,7 @@ def parse_args():
     cli.add_training_options(
         parser, SCHEDULES, "pictures", lr=1e-4, batch_size=16, grad_accum=1, steps=320_000, save_every=1000)
     args = parser.parse_args()
-    if args.dtype == "float16":
-        raise UserError("--dtype float16: small gradients vanish in it; use bfloat16 or float32")
+    cli.refuse_float16(args.dtype)
     return args
 
 

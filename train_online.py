@@ -172,8 +172,7 @@ def parse_args():
             setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
         elif getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: --method {args.method} has no such setting; leave it away")
-    if args.dtype == "float16":
-        raise UserError("--dtype float16: small gradients vanish in it; use bfloat16 or float32")
+    cli.refuse_float16(args.dtype)
     if args.init_lora and (args.rank or args.alpha):
         raise UserError("--rank, --alpha: they are those of --init-lora's file; leave them away")
     if method.pairs and args.pictures != 2:

@@ -271,7 +271,7 @@ def load_pipeline(
         raise UserError(
             f"{source}: the U-Net expects text features {unet_args['cross_attention_dim']} wide and the text encoder "
             f"makes {text_args['hidden_size']}; the parts are from different models")
-    tokenizer.check_fits(text_args, source)
+    check_tokenizer(tokenizer, text_args, source)
     unet = load_weights(lambda: UNet(**unet_args), parts["unet"], wheres["unet"], device, dtype)
     text_encoder = load_weights(
         lambda: CLIPTextEncoder(**text_args), mend_text_names(parts["text_encoder"]), wheres["text_encoder"], device,
@@ -286,6 +286,15 @@ def load_pipeline(
     return Pipeline(
         unet, vae_module, text_encoder, tokenizer, make_alphas_cumprod(configs["scheduler"]), configs, str(model),
         None if vae is None else str(vae))
+
+
+def check_tokenizer(tokenizer: Tokenizer, text_encoder: dict, where: str | Path) -> None:
+    """UserError unless a text encoder of these arguments has an embedding for all that the tokenizer makes."""
+    tokens, positions = max(tokenizer.core.get_vocab().values()) + 1, tokenizer.max_length      # ids may leave gaps
+    most, places = text_encoder["vocab_size"], text_encoder["max_position_embeddings"]
+    if tokens > most or positions > places:
+        raise UserError(f"{where}: the tokenizer makes up to {positions} of {tokens} tokens and the text encoder takes "
+                        f"up to {places} of {most}; the parts are from different models")
 
 
 def check_added_tokens(tokenizer: Tokenizer, folder: Path) -> None:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .builtin import BUILT_IN
-from .checkpoint import load_weights, read_part
+from .checkpoint import check_tokenizer, load_weights, read_part
 from .clip import CLIP
 from .configs import clip_arguments
 from .errors import UserError
@@ -158,7 +158,7 @@ def load_clip(source: str, device: str | torch.device, dtype: torch.dtype) -> tu
     config, tensors, where = read_part(folder, "", "model")
     tokenizer = Tokenizer.from_folder(folder)
     arguments = clip_arguments(config, f"{source}: config.json")
-    tokenizer.check_fits(arguments["text"], source)
+    check_tokenizer(tokenizer, arguments["text"], source)
     tensors = {k: v for k, v in tensors.items() if not k.endswith("embeddings.position_ids")}
     clip = load_weights(lambda: CLIP(**arguments, eos=tokenizer.eos), tensors, where, device, dtype)
     return clip, tokenizer, clip_preprocessor(folder, arguments["vision"]["image_size"])

@@ -121,14 +121,6 @@ class Tokenizer:
             reason = str(error).partition("\n")[0]
             raise UserError(f"{folder}: the tokenizer files cannot be read ({reason}); download them again") from None
 
-    def check_fits(self, text_encoder: dict, where: str | Path) -> None:
-        """UserError unless a text encoder of these arguments has an embedding for all that `encode` makes."""
-        tokens, positions = max(self.core.get_vocab().values()) + 1, self.max_length         # ids may leave gaps
-        most, places = text_encoder["vocab_size"], text_encoder["max_position_embeddings"]
-        if tokens > most or positions > places:
-            raise UserError(f"{where}: the tokenizer makes up to {positions} of {tokens} tokens and the text encoder "
-                            f"takes up to {places} of {most}; the parts are from different models")
-
     def save(self, folder: Path) -> None:
         for name, content in self.files.items():
             write_bytes(Path(folder) / name, content)

@@ -45,8 +45,7 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     [('a ', 1.0), ('cat', 1.5), (' in ', 1.0), ('snow', 1.3310000000000004)]
     """
     if len(prompt) > LONGEST:
-        raise UserError(
-            f"prompt {prompt[:80]!r}: {len(prompt):,} characters; with weights at most {LONGEST:,} are read")
+        raise UserError(f"prompt {prompt[:80]!r}: {len(prompt):,} characters; with weights {LONGEST:,} are the most")
     if found := UNSUPPORTED.search(prompt):
         warnings.warn(
             f"AND, [a:b:0.5], [a|b] and <lora:...> are not supported and taken literally: {found[0]!r}", stacklevel=2)

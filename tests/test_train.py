@@ -536,7 +536,7 @@ def test_damaged_files_are_one_line(options, program, data, tmp_path, capsys):
     (["--lambda-stat", "nan"], "--lambda-stat nan"), (["--lr", "inf"], "--lr inf"), (["--beta", 0], "--beta 0"),
     (["--dtype", "float16"], "small gradients vanish"), (["--device", "meta"], "must be auto, cpu, cuda"),
     (["--seed", -1], "--seed -1"), (["--seed", 2**63], "from 0 to"), (["--steps", "1e3"], "--steps 1e3"),
-    (["--rank", 0], "--rank 0"), (["--loss", "sft", "--full", "--init-lora", "a"], "--full --init-lora"),
+    (["--rank", 0], "--rank 0"), (["--loss", "sft", "--full", "--init-lora", "a"], "--init-lora a: --full"),
     (["--init-lora", "a", "--rank", 64], "--rank 64: it is that of --init-lora's file"),
     (["--loss", "sft", "--full", "--rank", 4], "--full trains no LoRA"),
     (["--loss", "mapo", "--full", "--sample-every", 1, "--holdout", 1], "--full has no reference to compare with"),
