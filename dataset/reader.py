@@ -1,5 +1,6 @@
 """Reads a finished dataset, for training, reselection and export; refuses one that is not what its manifest says."""
 
+import re
 from pathlib import Path
 from types import NoneType
 
@@ -9,10 +10,11 @@ from torch import Tensor
 from model.checkpoint import Pipeline
 from model.errors import UserError
 from model.files import digest, digest_of, read_json, read_lines, read_tensors
-from sampling import same_length
 
 from .folder import FORMAT
-from .rows import pairs_of, row_number, scores_of
+from .rows import pairs_of, row_number, same_length, scores_of
+
+KINDS = (torch.float16, torch.bfloat16, torch.float32)         # of a shard's tensors; ours are float16
 
 
 def is_finished(folder: Path) -> bool:
@@ -29,9 +31,9 @@ def read_manifest(folder: Path) -> dict:
         raise UserError(f"{folder}: not finished; run build_dataset.py's command again first")
     manifest = read_json(
         path, model=str, context_width=int, scaling_factor=float, shards=list, latent=(list, NoneType),
-        options=(dict, NoneType), files=(dict, NoneType))
+        options=(dict, NoneType), inputs=(dict, NoneType), files=(dict, NoneType))
     for name in manifest["shards"]:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise UserError(f"{path}: {name!r:.60} among its shards; a file beside it was expected")
     check_files(folder, manifest)
     return manifest
@@ -71,15 +73,17 @@ def read_shard(folder: Path, manifest: dict, name: str) -> tuple[dict[str, Tenso
         raise UserError(f"{path}: it has {', '.join(tensors)}; latents_w and context were expected")
     shape = [len(lines), *(manifest.get("latent") or latents[0].shape[1:])]
     for which, tensor in (("latents_w", latents[0]), ("latents_l", latents[1])):
-        if tensor is not None and (list(tensor.shape) != shape or not tensor.is_floating_point()):
+        if tensor is not None and (list(tensor.shape) != shape or tensor.dtype not in KINDS):
             raise UserError(f"{path}: {which} is {list(tensor.shape)} of {tensor.dtype}, and {shape} was expected")
     pool = tensors.get("pool")
-    if pool is not None and (pool.ndim != 5 or [len(pool), *pool.shape[2:]] != shape or not pool.is_floating_point()):
+    if pool is not None and (pool.ndim != 5 or [len(pool), *pool.shape[2:]] != shape or pool.dtype not in KINDS
+                             or any(len(scores_of(line, path)) != pool.shape[1] for line in lines)):
         raise UserError(f"{path}: pool is {list(pool.shape)} of {pool.dtype}, and pools of pictures like {shape} were "
-                        "expected")
-    if context.ndim != 3 or context.shape[::2] != (len(lines), manifest["context_width"]):
-        raise UserError(
-            f"{path}: context is {list(context.shape)}, and {[len(lines), 77, manifest['context_width']]} was expected")
+                        "expected, with a score for each")
+    expected = [len(lines), 77, manifest["context_width"]]
+    if context.ndim != 3 or list(context.shape[::2]) != expected[::2] or not context.shape[1] \
+            or context.dtype not in KINDS:
+        raise UserError(f"{path}: context is {list(context.shape)} of {context.dtype}, and {expected} was expected")
     return tensors, lines
 
 

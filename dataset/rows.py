@@ -9,6 +9,7 @@ are added, or those that failed are tried again, it is taken apart first: rows t
 """
 
 import json
+import math
 import re
 import shutil
 from collections import Counter
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import safe_open
 
 from model.errors import UserError
 from model.files import (
@@ -33,7 +33,6 @@ from model.files import (
     write_text,
 )
 from pictures import sheet, write_png
-from sampling import same_length
 
 from .folder import clear_unfinished, in_turn
 from .images import open_picture
@@ -41,7 +40,9 @@ from .images import open_picture
 SHARD = 64                                     # rows a file
 SHEET_PAIRS = 12
 NEAR_TIE = 0.01                                # of the scorer's unit: a gap that is hardly a preference
+LONGEST_CONTEXT = 100_000                      # tokens, 150 MB a prompt in half precision
 IN_A_ROW = 10                                  # so many failures one after another are no longer single bad rows
+NOTE = {"id": str, "prompt": str, "reason": str, "failed": bool}                 # of a row that is left out
 
 Row = tuple[dict, dict[str, torch.Tensor] | None, dict[str, Image.Image]]       # line, tensors, pictures
 
@@ -78,7 +79,7 @@ def pending_rows(out: Path, rows: int) -> tuple[list[int], list[int]]:
         pairs, _, left_out = shard_files(out, shard)
         if pairs.is_file():
             lines = read_lines(pairs, id=str)
-            notes = read_lines(left_out, id=str, failed=bool) if left_out.is_file() else []
+            notes = read_lines(left_out, **NOTE) if left_out.is_file() else []
             if unexpected := {row_number(line, pairs) for line in (*lines, *notes)} - set(numbers):
                 raise UserError(f"{pairs}: row {min(unexpected)} does not belong there; get or make the dataset again")
             if len(lines) + len(notes) == len(numbers) and not any(note["failed"] for note in notes):
@@ -91,7 +92,7 @@ def pending_rows(out: Path, rows: int) -> tuple[list[int], list[int]]:
                     continue
                 if not note.is_file() or row.is_file():
                     missing.append(number)
-                elif read_json(note, failed=bool, prompt=str, reason=str, id=str)["failed"]:
+                elif read_json(note, **NOTE)["failed"]:
                     failed.append(number)
             except UserError:                  # damaged: it is made again
                 missing.append(number)
@@ -104,7 +105,7 @@ def take_apart(out: Path, shard: int, keep: Collection[int]) -> None:
     lines = read_lines(pairs, id=str) if keep else []
     kept = [(i, number) for i, line in enumerate(lines) if (number := row_number(line, pairs)) in keep]
     rows_of = read_tensors(tensors) if kept else {}
-    if any(len(tensor) != len(lines) for tensor in rows_of.values()):
+    if any(tensor.shape[:1] != (len(lines),) for tensor in rows_of.values()):
         raise UserError(f"{tensors}: has other rows than the {len(lines)} of {pairs.name}; make it again")
     for i, number in kept:
         row = {name: tensor[i].clone() for name, tensor in rows_of.items()}
@@ -156,6 +157,18 @@ def make_row(
     return None
 
 
+def same_length(contexts: list[torch.Tensor]) -> torch.Tensor:
+    """Contexts (M_i, D) of one or more chunks -> (B, M, D), each repeated to their least common length. Attention over
+    a context repeated whole is attention over the context, so nothing changes but rounding. UserError where that
+    is too long to be held in memory."""
+    lengths = {len(context) for context in contexts}
+    length = math.lcm(*lengths)
+    if length > LONGEST_CONTEXT:
+        raise UserError(f"text features of {', '.join(map(str, sorted(lengths)))} tokens cannot go together: repeated "
+                        f"to one length they are {length:,} long; give prompts of fewer lengths")
+    return torch.stack([context.repeat(length // len(context), 1) for context in contexts])
+
+
 def join_rows(out: Path, shard: int, numbers: range) -> bool:
     """Rows of one shard -> its files, if all of them are there; then the rows' own files go."""
     pairs, joined, left_out = shard_files(out, shard)
@@ -166,10 +179,12 @@ def join_rows(out: Path, shard: int, numbers: range) -> bool:
         row, note = row_files(out, number)
         if row.is_file():
             lines.append(parse_object(read_header(row)[1].get("line", ""), f"{row}: its header", {"id": str}))
-            with safe_open(row, "pt") as file:                 # read, not mapped: the file goes
-                rows.append({name: file.get_tensor(name) for name in file.keys()})
+            rows.append({name: tensor.clone() for name, tensor in read_tensors(row).items()})    # the file goes
+            if kinds_of(rows[-1]) != kinds_of(rows[0]) or not all(tensor.numel() for tensor in rows[-1].values()):
+                raise UserError(f"{row}: empty, or unlike the first row of its shard; remove the one that is damaged, "
+                                "and it is made again")
         elif note.is_file():
-            notes.append(read_json(note, id=str))
+            notes.append(read_json(note, **NOTE))
         else:
             return False
     if notes:
@@ -190,6 +205,12 @@ def join_rows(out: Path, shard: int, numbers: range) -> bool:
         for path in row_files(out, number):
             path.unlink(missing_ok=True)
     return True
+
+
+def kinds_of(row: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    """What the rows of a shard have in common: all but how long their text features are."""
+    return {name: (tensor.dtype, tensor.shape[1:] if name == "context" else tensor.shape)
+            for name, tensor in row.items()}
 
 
 def make_rows(
@@ -220,7 +241,8 @@ def summarise(out: Path, rows: int) -> dict | None:
     shutil.rmtree(out / "partial", ignore_errors=True)
     clear_unfinished(out)
     lines = [line for shard in shards for line in read_lines(shard_files(out, shard)[0], id=str, prompt=str)]
-    notes = [note for shard in shards if (path := shard_files(out, shard)[2]).is_file() for note in read_lines(path)]
+    notes = [note for shard in shards if (path := shard_files(out, shard)[2]).is_file()
+             for note in read_lines(path, **NOTE)]
     if not lines:
         reasons = Counter(note["reason"] for note in notes).most_common(1)
         raise UserError(f"{out}: no pair came of {rows} rows; {reasons[0][1]} times: {reasons[0][0]}")
@@ -244,7 +266,7 @@ def summarise(out: Path, rows: int) -> dict | None:
     files = [path for shard in shards for path in shard_files(out, shard) if path.is_file()]
     return {"shards": [path.name for path in files if path.suffix == ".safetensors"],
             "files": {path.name: digest(path) for path in files}, "counts": counts,
-            "left_out": [{key: note[key] for key in ("id", "prompt", "reason", "failed")} for note in notes]}
+            "left_out": [{key: note[key] for key in NOTE} for note in notes]}
 
 
 def pairs_of(shard: str) -> str:
@@ -257,7 +279,8 @@ def scores_of(line: dict, where: Path) -> list[float | None]:
     seeds, scores = line.get("seeds"), line.get("scores")
     ends = [line.get("winner"), line.get("loser")]
     if not is_a(seeds, list) or not is_a(scores, list) or len(seeds) != len(scores) or not all(
-            score is None or is_a(score, float) for score in scores) or not all(
+            score is None or is_a(score, float) and abs(score) < 1e30 for score in scores) or not all(
             is_a(end, int) and 0 <= end < len(scores) and scores[end] is not None for end in ends):
-        raise UserError(f"{where}, row {line.get('id')}: seeds, as many scores, a winner and a loser were expected")
+        raise UserError(f"{where}, row {line.get('id')}: seeds, as many finite scores, a winner and a loser were "
+                        "expected")
     return scores

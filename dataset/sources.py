@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.checkpoint import Pipeline, load_pipeline
 from model.errors import UserError
-from model.files import digest_all, digest_of, files_read, read_json
+from model.files import digest_all, digest_of, files_read, is_a, read_json
 from model.scorers import digest_of_scorer, load_scorer
 from sampling import Drawing, to_picture
 
@@ -50,8 +50,11 @@ def rescored(
 ) -> tuple[Callable[[str, list[int], Tensor], list[float]], str]:
     """-> (prompt, seeds, a pool's latents (N, 4, h, w) -> the scores of its pictures), and the scorer's digest. The VAE
     is that which the pool was drawn with, wherever it lies by now. UserError where it, or the model, is another."""
+    vae = vae or (manifest.get("options") or {}).get("vae")
+    if not is_a(vae, (str, NoneType)):
+        raise UserError(f"dataset.json: the VAE that the pool was drawn with is {vae!r:.60}; a name was expected")
     with files_read() as files:
-        pipeline = load_pipeline(manifest["model"], device, vae=vae or (manifest.get("options") or {}).get("vae"))
+        pipeline = load_pipeline(manifest["model"], device, vae=vae)
     was, now = (manifest.get("inputs") or {}).get("model"), digest_all(files)
     if was not in (None, now):
         raise UserError(f"{manifest['model']}: it, or its --vae, is another one than the pool was drawn with")
@@ -71,6 +74,8 @@ def from_kept(
     `rescored`, they are scored anew, by what has the digest `scored_by`."""
     shards = [read_shard(folder, manifest, name) for name in manifest["shards"]]
     rows = [(line, tensors, i) for tensors, lines in shards for i, line in enumerate(lines)]
+    if not rows:
+        raise UserError(f"{folder}: no row in it")
     for line, tensors, _ in rows:
         if "pool" not in tensors:
             raise UserError(f"{folder}: made without --keep pool; it has no pool to select from")

@@ -11,7 +11,7 @@ from .guidance import guided_eps
 from .lan import sample_lan
 from .noise import draw_optimised
 from .people import draw_people
-from .prompt import encode_prompts, same_length
+from .prompt import encode_prompts
 from .rollout import Rollout, eps_gain, rollout, rollout_timesteps, step_distribution, step_log_prob
 from .samplers import SAMPLERS
 from .schedule import add_noise, eps_from_v, make_alphas_cumprod, timesteps, x0_from_eps
@@ -22,7 +22,7 @@ __all__ = [
     "SAMPLERS", "Drawing", "Rollout", "add_noise", "ddim_step", "ddpm_step", "decode", "dpm_solver_schedule",
     "dpm_solver_step", "draw_best", "draw_excited", "draw_optimised", "draw_people", "draw_pictures",
     "draw_with_suffixes", "encode_prompts", "eps_from_v", "eps_gain", "guided_eps", "make_alphas_cumprod",
-    "picture_settings", "rollout", "rollout_timesteps", "same_length", "sample_ddim", "sample_ddpm",
+    "picture_settings", "rollout", "rollout_timesteps", "sample_ddim", "sample_ddpm",
     "sample_dpm_solver", "sample_lan", "sample_latents", "seeded", "split_words", "step_distribution", "step_log_prob",
     "timesteps", "to_images", "to_picture", "x0_from_eps",
 ]

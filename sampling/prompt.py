@@ -10,7 +10,6 @@ restart) and joined along the tokens, so the U-Net attends to 77 * chunks of the
 B prompts, K chunks, N tokens of a chunk (77), D features.
 """
 
-import math
 import re
 import warnings
 
@@ -162,10 +161,3 @@ def encode_prompts(
     z = text_encoder(torch.tensor(ids, device=device), clip_skip=clip_skip)  # (B * K, N, D)
     z = emphasise(z, torch.tensor(factors, device=device, dtype=torch.float32))
     return z.unflatten(0, (len(prompts), most)).flatten(1, 2)  # (B, K * N, D)
-
-
-def same_length(contexts: list[torch.Tensor]) -> torch.Tensor:
-    """Contexts (M_i, D) of one or more chunks -> (B, M, D), each repeated to their least common length. Attention over
-    a context repeated whole is attention over the context, so nothing changes but rounding."""
-    length = math.lcm(*(len(context) for context in contexts))
-    return torch.stack([context.repeat(length // len(context), 1) for context in contexts])

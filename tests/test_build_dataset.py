@@ -26,7 +26,7 @@ from dataset.pool import select
 from dataset.reader import Pairs
 from model.checkpoint import load_pipeline
 from model.errors import UserError
-from model.files import digest_of
+from model.files import digest_of, write_tensors
 from model.scorers import load_scorer
 from pictures import read_parameters
 
@@ -377,6 +377,44 @@ def test_one_damaged_picture_among_others(options, program, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "prompt 000001, '1': " in error and "1 rows failed" in error
     assert [line["prompt"] for line in lines_of(tmp_path / "out")] == ["0", "2"]
+
+
+def test_a_damaged_row_is_named(tmp_path):
+    """Of one that another program touched, before it is joined to others."""
+    def joined(damage) -> None:
+        for number in (0, 1):
+            row, note = rows.row_files(tmp_path, number)
+            write_tensors(row, {"latents_w": torch.zeros(4, 2, 2), "context": torch.zeros(77, 3)},
+                          {"line": f'{{"id": "00000{number}"}}'})
+        damage(row, note)
+        rows.join_rows(tmp_path, 0, range(2))
+
+    def without_reason(row, note):
+        row.unlink()
+        note.write_text('{"id": "000001", "prompt": "a", "failed": false}')
+
+    for damage, words in {
+            lambda row, _: row.write_bytes(row.read_bytes().replace(b"F32", b"F99")): "Error while deserializing",
+            lambda row, _: save_file({"context": torch.zeros(77, 3)}, row, {"line": '{"id": "1"}'}): "unlike the first",
+            lambda row, _: save_file({"latents_w": torch.zeros(4, 2, 2), "context": torch.zeros(0, 3)}, row,
+                                     {"line": '{"id": "1"}'}): "empty, or unlike", without_reason: "no reason in it",
+            }.items():
+        with pytest.raises(UserError, match=f"partial/000001.*{words}"):
+            joined(damage)
+    joined(lambda *_: None)
+    assert (tmp_path / "pairs-00000.jsonl").is_file()
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"shards": []}, "no row in it"), ({"inputs": 5}, "inputs is 5; dict or NoneType was expected"),
+    ({"options": {"vae": ["x"]}}, r"the VAE that the pool was drawn with is ['x']; a name was expected")])
+def test_a_pools_manifest_that_somebody_changed(changed, words, whole, program, tmp_path, capsys):
+    folder = shutil.copytree(whole, tmp_path / "pool")
+    manifest = json.loads((folder / "dataset.json").read_text()) | changed
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    scorer = ["--scorer", "pickscore"] if "options" in changed else []
+    assert program(build_dataset, "--reselect", folder, *scorer, "--pool-size", 4, "--out", tmp_path / "out") == 2
+    assert words in capsys.readouterr().err
 
 
 # What a dataset depends on

@@ -21,12 +21,13 @@ from torch import nn
 import train
 from dataset.folder import locked
 from dataset.reader import Pairs
+from dataset.rows import same_length
 from losses import lambda_for
 from losses.table import Loss, Option
 from model.checkpoint import load_pipeline
+from model.errors import UserError
 from model.lora import ATTENTION_LINEARS, inject_lora, load_lora, save_lora
 from model.unet import MidBlock, UNet
-from sampling import same_length
 from training.memory import save_memory
 from training.order import epoch_order, row_at
 
@@ -361,6 +362,8 @@ def test_contexts_of_other_lengths_share_a_batch(tiny):
     contexts = [torch.randn(m, 32, generator=g) for m in (77, 154, 231)]
     batch, x = same_length(contexts), torch.randn(3, 4, 8, 8, generator=g)
     assert batch.shape == (3, 462, 32)
+    with pytest.raises(UserError, match="of 1009, 1013 tokens cannot go together: .* they are 1,022,117 long"):
+        same_length([torch.zeros(m, 1) for m in (1013, 1009, 1013)])
     with torch.no_grad():
         together = unet(x, torch.tensor([5, 500, 900]), batch)
         for i, (context, t) in enumerate(zip(contexts, (5, 500, 900))):
@@ -499,6 +502,7 @@ def test_damaged_files_are_one_line(options, program, data, tmp_path, capsys):
     mine, pairs = changed(data, tmp_path / "data"), b'{"id": "000006", "prompt": "a"}\n'
     for content in (None, b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"format": 9, "finished": true}',
                     lambda old: old.replace(b'"shards"', b'"parts"'), lambda old: old.replace(b"shard-0", b"../s-0"),
+                    lambda old: old.replace(b"shard-0", b"\\u0000-0"), lambda old: old.replace(b"shard-0", b"\\ud83d"),
                     lambda old: old.replace(b'"context_width": 32', b'"context_width": "32"'),
                     lambda old: old.replace(b'"finished"', b'"files": {"shard-00000.safetensors": "0"}, "finished"'),
                     lambda old: old.replace(b'"finished"', b'"files": [], "finished"')):
@@ -512,7 +516,10 @@ def test_damaged_files_are_one_line(options, program, data, tmp_path, capsys):
             lambda shard: shard.update(latents_l=shard["latents_l"][:, :, :4].contiguous()),
             lambda shard: shard.update(latents_w=shard["latents_w"][:5].contiguous()),
             lambda shard: shard.update(latents_w=shard["latents_w"].int()),
+            lambda shard: shard.update(latents_w=shard["latents_w"].to(torch.float8_e5m2)),
             lambda shard: shard.update(pool=shard["latents_w"].clone()),
+            lambda shard: shard.update(context=shard["context"].int()),
+            lambda shard: shard.update(context=shard["context"][:, :0].contiguous()),
             lambda shard: shard.update(context=shard["context"][..., :8].contiguous()))):
         folder = changed_shard(data, tmp_path / f"shard{i}", change)
         assert program(train, *options, "--data", folder, "--out", tmp_path / "new") == 2
@@ -590,6 +597,12 @@ def test_bad_input_is_one_line(options, program, data, pooled, tmp_path, capsys)
     (data_of_previews := changed(pooled, tmp_path / "e")).joinpath("pairs-00001.jsonl").write_text(
         (pooled / "pairs-00001.jsonl").read_text().replace("0.5, 0.1", "null, 0.1"))
     assert "drawn with previews" in refused("--data", pooled, data_of_previews, "--loss", "pro", "--out", out)
+    few = changed_shard(pooled, tmp_path / "f", lambda shard: shard.update(pool=shard["pool"][:, :2].contiguous()))
+    assert "expected, with a score for each" in refused("--data", few, "--loss", "pro", "--out", out)
+    for i, score in enumerate(("NaN", "-Infinity", "1" + "0" * 400)):
+        (unscored := changed(pooled, tmp_path / f"score{i}")).joinpath("pairs-00001.jsonl").write_text(
+            (pooled / "pairs-00001.jsonl").read_text().replace("0.5, 0.1", f"{score}, 0.1"))
+        assert "as many finite scores" in refused("--data", unscored, "--loss", "pro", "--out", out)
     assert not out.exists()
 
     # What depends on which pictures are compared is another run with others.
