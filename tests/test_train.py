@@ -1,6 +1,7 @@
 """train.py: a run that was killed, or split over processes, is the run that was not; bad data stops it with a line."""
 
 import copy
+import io
 import json
 import math
 import os
@@ -527,6 +528,14 @@ def test_damaged_files_are_one_line(options, program, data, tmp_path, capsys):
 
     for content in (b"", b"cut", lambda old: old[:-100]):
         assert "not this run's checkpoint" in damaged(out, "checkpoint/state.pt", content)
+    def other_state(key: str, value) -> bytes:
+        state = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
+        torch.save(state | {key: value(state[key])}, file := io.BytesIO())
+        return file.getvalue()
+    for key, value in (("step", lambda _: -1), ("parameters", lambda old: old[:-1]),
+                       ("parameters", lambda old: [old[0].to("meta"), *old[1:]]),
+                       ("parameters", lambda old: [old[0].to_sparse(), *old[1:]])):
+        assert "not this run's checkpoint" in damaged(out, "checkpoint/state.pt", other_state(key, value))
     for content in (b"{}", b"[]", b'{"format": 1}', lambda old: old[:-20]):
         assert "config.json" in damaged(out, "config.json", content)
     assert "log.jsonl, line 1" in damaged(out, "log.jsonl", b"<html>\n")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dataset.folder import clear_unfinished, locked, open_manifest, write_manifest
 from losses.processes import mean_of_processes
 from model.errors import UserError
-from model.files import digest_of, is_a, read_lines, write_pickle, write_text
+from model.files import digest_of, is_a, is_plain, read_lines, write_pickle, write_text
 from pictures import curves, write_png
 
 CURVES = ("reward", "judge", "loss", "dpo", "stat", "kl", "implicit_accuracy", "grad_norm")
@@ -59,20 +59,19 @@ def resume(
     if state_file.is_file():
         try:
             state = torch.load(state_file, map_location="cpu", weights_only=True)
-            if state["run"] != run or [p.shape for p in state["parameters"]] != [p.shape for p in parameters]:
+            saved, step = [*state["parameters"], *state.get("average", [])], state["step"]
+            if state["run"] != run or not all(map(is_plain, saved)) \
+                    or [p.shape for p in saved] != [p.shape for p in (*parameters, *average)]:
                 raise ValueError("of another run")
-            if len(state.get("average", [])) != len(average):
-                raise ValueError("of another run")
+            if not is_a(step, int) or step < 1:
+                raise ValueError(f"step {step!r}")
             optimizer.load_state_dict(state["optimizer"])
-            step = int(state["step"])
         except Exception as error:             # zip, pickle, key and runtime errors alike mean a bad file
             reason = " ".join(f"{error}".split())[:80]
             raise UserError(f"{state_file}: not this run's checkpoint ({reason}); put the right one back, or remove "
                             f"{state_file.parent} to begin again") from None
-        for parameter, saved in zip(parameters, state["parameters"]):
-            parameter.data.copy_(saved)
-        for mean, saved in zip(average, state.get("average", [])):
-            mean.copy_(saved)
+        for ours, theirs in zip((*parameters, *average), saved):
+            ours.data.copy_(theirs)
     for log_file in (out / "log.jsonl", out / "watch.jsonl", out / "rewards.jsonl"):
         if rank == 0 and log_file.is_file():   # a killed run has logged steps past its checkpoint; they come again
             lines = [line for line in read_lines(log_file, cut=True, step=int) if line["step"] <= step]
