@@ -90,6 +90,9 @@ def read_listing(path: Path, **more: type) -> list[dict]:
     for row in rows:
         if Path(row["file"]).is_absolute() or ".." in Path(row["file"]).parts:
             raise UserError(f"{path}: {row['file']!r:.200} lies outside the folder")
+        people = row.get("concept_images") or []
+        if "concept_images" in more and not all(isinstance(name, str) for name in people):
+            raise UserError(f"{path}: concept_images is {people!r:.60}; a list of pictures was expected")
     if not rows:
         raise UserError(f"{path}: no picture in it")
     return [{key: row[key] for key in ("file", "prompt", *more) if row.get(key) is not None}

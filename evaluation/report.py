@@ -171,8 +171,10 @@ def colour_charts(histograms: dict[str, np.ndarray]) -> str:
 def training_curves(log: list[dict]) -> str:
     charts = []
     first, last = (str(log[i]["step"]) if log else "" for i in (0, -1))
-    for name in (name for name in CURVES if log and all(is_a(entry.get(name), float) for entry in log)):
-        values = [entry[name] for entry in log]
+    for name in CURVES:
+        values = [entry.get(name) for entry in log]
+        if not values or not all(is_a(value, float) and abs(value) < 1e30 for value in values):
+            continue
         means = [float(np.mean(part)) for part in np.array_split(values, min(MEANS, len(values)))]
         few = values[::math.ceil(len(values) / POINTS)]
         low, high = min(few), max(few)

@@ -109,6 +109,8 @@ def read_drawn(side: Side) -> tuple[list[dict], tuple[int, int]]:
     """The rows of a folder's images.jsonl, all of whose pictures are there, and their width and height."""
     folder = Path(side.model)
     rows = read_listing(folder / "images.jsonl", seed=int, concept_images=(list, NoneType), caption=(str, NoneType))
+    if odd := [row["seed"] for row in rows if not 0 <= row["seed"] < 2**64]:
+        raise UserError(f"{folder / 'images.jsonl'}: seed is {odd[0]!r:.40}; a whole number below 2**64 was expected")
     if nested := [row["file"] for row in rows if Path(row["file"]).name != row["file"]]:
         raise UserError(f"{folder / 'images.jsonl'}: {nested[0]!r:.200} lies in a folder of its own; pictures right "
                         "beside the list were expected")

@@ -33,6 +33,7 @@ from evaluation.statistics import colour_shift, colours, spread, wilson, win_rat
 from model.checkpoint import load_pipeline
 from model.lora import inject_lora, lora_layers, save_lora
 from model.scorers import load_scorer
+from pictures import curves
 from sampling import encode_prompts, seeded
 
 PROMPTS = [
@@ -457,6 +458,10 @@ def test_folders_of_pictures_and_what_is_wrong_with_them(run, tmp_path, red):
     outside = save_folder(tmp_path / "outside", greys(1))
     (outside / "images.jsonl").write_text('{"file": "../base/00000.png", "prompt": "a", "seed": 0}\n')
     assert "lies outside the folder" in refused(outside)
+    for more, words in (({"seed": 2**64}, "seed is 18446744073709551616; a whole number"),
+                        ({"seed": 0, "concept_images": [5]}, "concept_images is [5]; a list of pictures")):
+        (outside / "images.jsonl").write_text(json.dumps({"file": "00000.png", "prompt": "a", **more}) + "\n")
+        assert words in refused(outside)
     (outside / "inner").mkdir()                # a study would copy pictures of one name over each other
     (outside / "00000.png").rename(outside / "inner" / "00000.png")
     (outside / "images.jsonl").write_text('{"file": "inner/00000.png", "prompt": "a", "seed": 0}\n')
@@ -586,6 +591,13 @@ def test_the_page_holds_all_and_needs_nothing(a_report, red):
     assert not re.search(r"url\(|@import|https?://", text)
     assert "50.0 %" in text and "2 won, 1 tied, 2 lost" in text and "step 1" in text and "Training: training" in text
     assert len(page.all("option")) == 1 + 1 + 2 and page.all("option", value=f"candidate/{red}")
+
+
+def test_training_curves_of_what_is_no_number():
+    log = [{"step": 1, "loss": 0.5, "dpo": 10**400, "stat": 1e308}, {"step": 2, "loss": 0.25, "dpo": 1, "stat": 1}]
+    assert "loss" in report.training_curves(log) and "dpo" not in report.training_curves(log)
+    pixels = [curves({"loss": values}).tobytes() for values in ([1.0, 0.0, 2.0], [1.0, math.nan, 2.0], [1, 10**400, 2])]
+    assert pixels[0] == pixels[1] == pixels[2]
 
 
 def test_thumbnails_are_small_and_in_shape():
