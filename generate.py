@@ -40,7 +40,7 @@ from model.builtin import BUILT_IN, default_scorer, named
 from model.checkpoint import Pipeline, load_pipeline
 from model.concept import load_concept
 from model.errors import UserError
-from model.files import digest_all, digest_of, files_read, read_tensors, write_tensors, write_text
+from model.files import digest_all, digest_of, files_read, parse_object, read_tensors, write_tensors, write_text
 from model.scorers import digest_of_scorer, load_reward, load_scorer
 from pictures import parameters, sheet, write_png
 from sampling import (
@@ -179,7 +179,7 @@ def draw_all(
         if told is None:
             raise UserError(f"{out / row['file']}: its notes are gone, by another program perhaps; remove it, and it "
                             "is drawn again")
-        return row | json.loads(told)["found"]
+        return row | parse_object(told, f"{out / row['file']}, its notes", {"found": dict})["found"]
 
     person = person_of(pipeline.concept) if pipeline.concept else None
     # A batch is drawn again unless all of it is there: in another batch a picture would be rounded differently.

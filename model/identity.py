@@ -207,9 +207,9 @@ def align(image: Image.Image, landmarks: Sequence[Sequence[float]], size: int = 
     """
     try:
         points = np.array(landmarks, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         points = np.empty(0)
-    if points.shape != (5, 2) or not np.isfinite(points).all() or not np.ptp(points, axis=0).any():
+    if points.shape != (5, 2) or not (np.abs(points) < 1e6).all() or not np.ptp(points, axis=0).any():
         shown = " ".join(str(landmarks).split())
         raise UserError(f"landmarks {shown:.60}: five points (x, y) expected: eyes, nose, corners of the mouth")
     a, b = similarity(points @ (1, 1j), np.array(TEMPLATE) @ (1, 1j) * size / 112)

@@ -364,7 +364,8 @@ def test_a_face_in_its_place_stays_and_the_border_fades_to_black():
 
 
 @pytest.mark.parametrize("landmarks", [
-    None, [], TEMPLATE[:4], [(1, 2, 3)] * 5, [(3, 4)] * 5, [(1, 2)] * 4 + [(1, float("nan"))], "eyes", [[1], [2, 3]]])
+    None, [], TEMPLATE[:4], [(1, 2, 3)] * 5, [(3, 4)] * 5, [(1, 2)] * 4 + [(1, float("nan"))], "eyes",
+    [(1, 2)] * 4 + [(1, 10**400)], [(1, 2)] * 4 + [(1e300, 2)], [[1], [2, 3]]])
 def test_landmarks_that_are_none_are_refused(landmarks):
     refused("five points .x, y. expected", align, Image.new("RGB", (200, 200)), landmarks)
 

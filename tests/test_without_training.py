@@ -19,6 +19,7 @@ from model.checkpoint import load_pipeline
 from model.scorers import load_scorer
 from model.tokenizer import Tokenizer
 from paper_people.judge import judge_pictures, load_judge
+from pictures import write_png
 from sampling import Drawing, draw_best, draw_pictures
 from sampling.attention import attention_maps, quarter_level
 from sampling.drawing import decode
@@ -262,6 +263,9 @@ def test_best_of_is_the_scorers_choice_and_goes_on_after_a_kill(run, tiny, tiny_
         left[0] = -100
         assert contents(run(*command, out=f"{number}")) == contents(whole), number
     run(*command, "--best-of", 2, out="whole", code=2)
+    for notes in ("{", "[]", '{"found": 7}'):    # by another program
+        write_png(whole / "00000.png", Image.open(whole / "00000.png"), {"hg-dpo": notes})
+        run(*command, out="whole", code=2)
 
 
 # generate.py
