@@ -12,6 +12,7 @@ import tokenizers
 import torch
 from transformers import CLIPTokenizerFast
 
+from model.checkpoint import check_tokenizer
 from model.errors import UserError
 from model.tokenizer import Tokenizer
 
@@ -220,11 +221,11 @@ def test_damaged_files_are_refused_in_one_line(folder, name, damage, says):
 def test_an_id_for_which_there_is_no_embedding_is_refused(folder, clip):
     """Ids may leave gaps, so that their number does not tell."""
     sizes = {"vocab_size": 49408, "max_position_embeddings": 77}
-    clip.check_fits(sizes, "here")
+    check_tokenizer(clip, sizes, "here")
     vocab = json.loads((folder / "vocab.json").read_bytes())
     (folder / "vocab.json").write_text(json.dumps(vocab | {"!": 60_000}))
     with pytest.raises(UserError, match="^here: the tokenizer makes up to 77 of 60001 tokens"):
-        Tokenizer.from_folder(folder).check_fits(sizes, "here")
+        check_tokenizer(Tokenizer.from_folder(folder), sizes, "here")
 
 
 @pytest.mark.parametrize("content", [b"{", b"{}", b"<html>", b"\xff", b'{"model": {"type": "BPE"}}'])
