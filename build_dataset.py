@@ -224,7 +224,10 @@ def main() -> None:
     args = parse_args()
     if args.verify:
         problems = [f"row {number}: {problem}" for number, problem in damage(Path(args.verify), cli.progress).items()]
-        cli.refuse(problems, f"{args.verify}: {len(problems)} rows are damaged; its command mends it with --repair")
+        cli.refuse(problems, f"{args.verify}: {len(problems)} rows are damaged; the command that made it mends it with "
+                   "--repair")
+        if not is_finished(Path(args.verify)):
+            raise UserError(f"{args.verify}: not finished; the command that made it goes on with it")
         return print(f"{args.verify}: as it was when it was finished")
     out = Path(args.out)
     if args.export_pickapic:

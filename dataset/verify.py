@@ -37,7 +37,7 @@ def damage_of(folder: Path, shard: int, rows: int, files: dict[str, str]) -> dic
         except UserError:
             of_rows = {}
         for i, line in enumerate(lines):
-            row = {name: tensor[i] for name, tensor in of_rows.items() if i < len(tensor)}
+            row = {name: tensor[i] for name, tensor in of_rows.items() if tensor.shape[:1] > (i,)}
             if digest_of_tensors(row) != line.get("tensors"):
                 found[row_number(line, pairs)] = problem
         found = found or dict.fromkeys(numbers, problem)       # between the rows
@@ -49,12 +49,14 @@ def damage_of(folder: Path, shard: int, rows: int, files: dict[str, str]) -> dic
 
 
 def damage(folder: Path, progress: Callable) -> dict[int, str]:
-    """What is wrong with a dataset that was finished, by the numbers of its rows; {} where all is as it was."""
-    manifest = read_json(folder / "dataset.json", rows=(int, NoneType), files=(dict, NoneType))
+    """What is wrong with a dataset that was finished, by the numbers of its rows; {} where all is as it was, and where
+    rows are being made, by another job or until a kill: what was damaged is then out already."""
+    manifest = read_json(folder / "dataset.json", finished=bool, rows=(int, NoneType), files=(dict, NoneType))
     rows, files = manifest.get("rows"), manifest.get("files")
+    if files is None and not manifest["finished"]:
+        return {}
     if rows is None or files is None:
-        raise UserError(f"{folder}: not finished, or of a version that noted no digests; run build_dataset.py's "
-                        "command again first, without --repair")
+        raise UserError(f"{folder}: made by a version that noted no digests; nothing tells whether it is as it was")
     shards = range(-(-rows // SHARD))
     return {number: problem for shard in progress(shards, len(shards), "reading shards")
             for number, problem in damage_of(folder, shard, rows, files).items()}

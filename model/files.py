@@ -131,7 +131,7 @@ def digest_all(files: Iterable[Path]) -> str:
 
 def digest_of_tensors(tensors: dict[str, Tensor]) -> str:
     """Of their names, types, shapes and contents."""
-    contents = {name: hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()) for name, tensor in tensors.items()}
+    contents = {name: hashlib.sha256(tensor.flatten().view(torch.uint8).numpy()) for name, tensor in tensors.items()}
     return digest_of({name: [str(tensors[name].dtype), list(tensors[name].shape), sha.hexdigest()]
                       for name, sha in contents.items()})
 

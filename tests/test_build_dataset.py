@@ -273,7 +273,8 @@ def test_damage_is_named_and_made_again(what, whole, options, program, tmp_path,
 
 
 def test_killed_while_it_is_repaired(whole, options, program, tmp_path, monkeypatch, capsys):
-    """The folder is refused, by the line that names --repair, until it is mended."""
+    """The folder is refused, by the line that names --repair, until it is mended; and where a row was being drawn the
+    same command goes on, as another job would."""
     out, take_apart = tmp_path / "out", verify.take_apart
     shutil.copytree(whole, out)
     assert program(build_dataset, "--verify", out) == 0
@@ -288,6 +289,11 @@ def test_killed_while_it_is_repaired(whole, options, program, tmp_path, monkeypa
     capsys.readouterr()
     assert run_alone(options, program, out, "--keep", "pool") == 2
     assert "--repair" in capsys.readouterr().err
+    pair = build_dataset.pair_from_pool
+    monkeypatch.setattr(build_dataset, "pair_from_pool", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run_alone(options, program, out, "--keep", "pool", "--repair") == 130
+    assert program(build_dataset, "--verify", out) == 2 and "not finished" in capsys.readouterr().err
+    monkeypatch.setattr(build_dataset, "pair_from_pool", pair)
     assert run_alone(options, program, out, "--keep", "pool", "--repair") == 0
     assert contents(out) == contents(whole)
 
