@@ -16,7 +16,6 @@ from .parts import (
     LAMBDA_STAT,
     LIKE,
     ONLINE,
-    ONLINE_RATES,
     ONLINE_ROWS,
     RATES,
     STEPS,
@@ -338,11 +337,11 @@ def online(scale: Scale) -> Experiment:
         (*[Claim(f"{method} is better than the model as it is", "", "judge", {method: 1.0}, 50.0) for method in ONLINE],
          *[beats(f"HG-DPO wins more than {method}", "85.3 against 39.6 %" if method == "alignprop" else "",
                  offline["HG-DPO, the same"], row) for method, row in rows.items()]),
-        ("scorer", "judge", "right"),
-        note=f"About {ONLINE_ROWS:,} U-Net rows each, the pool's among them; a backward pass counts twice. Online "
-        "methods draw by DDIM in 10 steps, are rewarded by the scorer that chose DPO's pairs, and have the rate of "
-        "`search-online`. The reward gradients pay for the decoder and the scorer besides, which is not counted. Of "
-        "AlignProp the paper's Table 1 says no more than its figure.")
+        ("scorer", "judge", "right"), seeds=2,
+        note=f"About {ONLINE_ROWS:,} U-Net rows each, the pool's among them, and two seeds; a backward pass counts "
+        "twice. Online methods draw by DDIM in 10 steps, are rewarded by the scorer that chose DPO's pairs, and have "
+        "the rate of `search-online`. The reward gradients pay for the decoder and the scorer besides, which is not "
+        "counted. Of AlignProp the paper's Table 1 says no more than its figure.")
 
 
 def own_scorers(scale: Scale) -> Experiment:
@@ -368,7 +367,7 @@ def search(scale: Scale) -> Experiment:
     return Experiment(
         "search", "Settings: the learning rate of each loss", "",
         tuple(Line(f"{loss}, {rate}", by_loss(scale, loss, f"search-{loss}-{rate}", lr=rate, validation=True))
-              for loss in CHOSEN if loss not in ONLINE for rate in RATES),
+              for loss in CHOSEN if loss not in ONLINE for rate in RATES[loss]),
         figures=("scorer", "judge", "right", "clean", "matches"), seeds=1,
         note=f"Of each loss the rate with the most wins by the scorer, on {scale.validation_prompts} prompts that are "
         "neither the pairs' nor the test's; one training seed. The judge has no say.")
@@ -379,7 +378,7 @@ def search_online(scale: Scale) -> Experiment:
         "search-online", "Settings: the learning rate of each online method", "",
         tuple(Line(f"{method}, {rate}", Row(f"search-{method}-{rate}", Online(
             f"search-{method}-{rate}", method, rate, 0.25), validation=True))
-            for method in ONLINE for rate in ONLINE_RATES),
+            for method in ONLINE for rate in RATES[method]),
         figures=("scorer", "judge", "right", "clean", "matches"), seeds=1,
         note="As `search`, with a fourth of the rows of `online`.")
 
@@ -387,8 +386,7 @@ def search_online(scale: Scale) -> Experiment:
 def chosen(wins: dict[str, float]) -> dict[str, str]:
     """Win rates by the scorer, by the search's rows -> the best rate of each loss and method whose rows are all there.
     """
-    rates = {name: {rate: wins.get(f"search-{name}-{rate}") for rate in (ONLINE_RATES if name in ONLINE else RATES)}
-             for name in CHOSEN}
+    rates = {name: {rate: wins.get(f"search-{name}-{rate}") for rate in RATES[name]} for name in CHOSEN}
     return {loss: max(found, key=found.get) for loss, found in rates.items() if None not in found.values()}
 
 

@@ -29,8 +29,6 @@ from .parts import (
     CHOSEN,
     FULL,
     NUM_IMAGES,
-    ONLINE,
-    ONLINE_RATES,
     RATES,
     Scale,
     parts_of,
@@ -250,8 +248,10 @@ def search_says(experiment: Experiment, found: dict[str, Found]) -> str:
     text = ""
     for name, rate in chosen(wins).items():
         text += f"The best rate for {name} is {rate}"
-        if rate in (RATES[0], ONLINE_RATES[0] if name in ONLINE else RATES[0]):
+        if rate == RATES[name][0]:
             text += ", the smallest that was tried: a smaller one may be better, and changes less"
+        elif rate == RATES[name][-1]:
+            text += ", the largest that was tried: a larger one may be better"
         text += ", which is the one in use.\n\n" if CHOSEN[name] == rate else f"; **{CHOSEN[name]} is in use.**\n\n"
     return text
 

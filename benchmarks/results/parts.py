@@ -17,7 +17,6 @@ VERSION = 1                                    # of a row's file
 # The settings of every row are the demonstration's (Makefile), for latents of 16x16. The learning rate is chosen by the
 # experiment `search`, by one rule for every loss: of RATES the one with the most wins by the scorer on other prompts.
 BETA, LAMBDA_STAT = 1000, 400_000
-RATES = ("1.6e-5", "5e-5", "1.6e-4", "5e-4", "1.6e-3")
 CHOSEN = {
     "dpo": "5e-4", "sft": "1.6e-5", "kto": "5e-4", "mapo": "5e-5", "orpo": "1.6e-5", "pro": "5e-4", "rwr": "1.6e-5",
     "sdpo": "1.6e-5"}
@@ -36,7 +35,10 @@ ONLINE = {
     "refl": (32, 11, "--batch-size 16 --grad-accum 2 --reward-limit 40"),
     "draft": (16, 24, "--batch-size 16 --grad-accum 1 --guidance 5"),
     "alignprop": (16, 28, "--batch-size 16 --grad-accum 1")}
-ONLINE_RATES = ("1.6e-4", "5e-4", "1.6e-3", "5e-3")        # found on a fourth of the rows
+# Of a policy gradient, which takes few steps, these are longer.
+RATES = (dict.fromkeys(CHOSEN, ("1.6e-5", "5e-5", "1.6e-4", "5e-4", "1.6e-3"))
+         | dict.fromkeys(ONLINE, ("5e-4", "1.6e-3", "5e-3"))
+         | dict.fromkeys(("refl", "draft", "alignprop"), ("1.6e-4", "5e-4", "1.6e-3")))
 CHOSEN |= dict.fromkeys(ONLINE, "1.6e-3")
 TRAINING = "--dtype bfloat16"
 STEPS, NUM_IMAGES = 10, 2                      # of the sampler, and pictures a prompt
