@@ -30,7 +30,7 @@ from model.checkpoint import load_pipeline
 from model.errors import UserError
 from model.files import digest_all, files_read, write_tensors, write_text
 from model.lora import inject_lora, load_lora_to_train, lora_disabled, save_lora
-from sampling import add_noise, seeded
+from sampling import add_noise, onto, seeded
 from training.average import averaged, update_average
 from training.memory import make_optimizer, save_memory
 from training.order import row_at, step_and_noise
@@ -198,16 +198,16 @@ def main() -> None:
                 rows = [row_at(s, pairs, args.seed) for s in numbers]
                 x0, context = data.batch(rows, device, dtype)
                 t, noise = step_and_noise(numbers, x0.shape[1:], args.seed)
-                t, noise, copies = t.to(device), noise.to(device), len(x0) // len(t)
+                t, noise, copies = onto(device, t), onto(device, noise), len(x0) // len(t)
                 t_rows, noise, context = t.repeat(copies), noise.repeat(copies, 1, 1, 1), context.repeat(copies, 1, 1)
                 x_t = add_noise(x0, noise, t_rows, alphas_cumprod)               # (2B, 4, h, w), winners first
                 with torch.autocast(device.type, dtype, enabled=args.full and dtype != torch.float32):
                     predicted = predictions(unet, x_t, t_rows, context, loss_of.takes("eps_ref"), args.compile)
                 given = {"noise": noise, "timesteps": t, "alphas_cumprod": alphas_cumprod, **predicted}
                 if loss_of.takes("scores") or (args.sft_weight and loss_of.data == "pool"):
-                    given["scores"] = data.scores(rows).to(device)
+                    given["scores"] = onto(device, data.scores(rows))
                 if loss_of.takes("labels"):
-                    given["labels"] = data.labels(rows).to(device)
+                    given["labels"] = onto(device, data.labels(rows))
                 loss, more = loss_of(options, **given)
                 if args.sft_weight:
                     loss = loss + args.sft_weight * winners_error(loss_of.data, **given)

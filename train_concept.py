@@ -36,7 +36,7 @@ from model.concept import new_concept, save_concept
 from model.errors import UserError
 from model.files import digest_all, files_read
 from pictures import sheet, write_png
-from sampling import Drawing, add_noise, draw_people
+from sampling import Drawing, add_noise, draw_people, onto
 from training.average import averaged, update_average
 from training.memory import make_optimizer, save_memory
 from training.order import row_at, step_and_noise
@@ -153,7 +153,7 @@ def main() -> None:
                 rows = [row(s) for s in numbers]
                 x0 = torch.stack([latent(i) for i in rows])                      # (B, 4, h, w)
                 t, noise = step_and_noise(numbers, x0.shape[1:], args.seed, "t and noise of a concept's picture")
-                t, noise = t.to(device), noise.to(device)
+                t, noise = onto(device, t), onto(device, noise)
                 x_t = add_noise(x0, noise, t, alphas_cumprod).to(dtype)
                 pixels = torch.stack([model.pixels(augmented(images[i].subject(), args.seed, s))
                                       for i, s in zip(rows, numbers)])           # (B, 3, H, W)

@@ -48,7 +48,18 @@ from model.errors import UserError
 from model.files import digest_all, digest_of, files_read
 from model.lora import inject_lora, load_lora_to_train, lora_disabled, save_lora
 from model.scorers import load_reward
-from sampling import Drawing, add_noise, ddim_step, decode, guided_eps, seeded, to_images, to_picture, x0_from_eps
+from sampling import (
+    Drawing,
+    add_noise,
+    ddim_step,
+    decode,
+    guided_eps,
+    onto,
+    seeded,
+    to_images,
+    to_picture,
+    x0_from_eps,
+)
 from sampling.rollout import eps_gain, rollout, rollout_timesteps, step_distribution, step_log_prob
 from sampling.schedule import T, timesteps
 from training.average import averaged, update_average
@@ -228,7 +239,7 @@ class Policy:
 
     def noise(self, generators: list[torch.Generator]) -> Tensor:
         shape = (1, 4, *(side // self.pipeline.vae.downscale for side in (self.drawing.height, self.drawing.width)))
-        return torch.cat([torch.randn(shape, generator=g) for g in generators]).to(self.pipeline.device)
+        return onto(self.pipeline.device, torch.cat([torch.randn(shape, generator=g) for g in generators]))
 
     def predict(
         self, x_t: Tensor, t: Tensor, contexts: Tensor, learn: bool = False, keep: bool = True, reference: bool = False,
@@ -283,7 +294,7 @@ def draw_candidates(
         mean, sigma = step_distribution(policy.predict(x, t, contexts), x, t, t_prev, alphas_cumprod)
         k = candidates if i >= max(1, len(pairs) // 5) else 1
         x_prev = torch.stack([mean + sigma * policy.noise(generators) for _ in range(k)])        # (K, R, 4, h, w)
-        chosen = torch.cat([torch.randint(k, (1,), generator=g) for g in generators]).to(x.device)
+        chosen = onto(x.device, torch.cat([torch.randint(k, (1,), generator=g) for g in generators]))
         if k > 1:
             implied = x_prev if pair[1] == 0 else [
                 x0_from_eps(policy.predict(one, t_prev, contexts), one, t_prev, alphas_cumprod) for one in x_prev]
@@ -305,7 +316,7 @@ class Batch:
         decided = first != second
         rows = torch.arange(len(self.rewards)).view(2, -1)
         rows = rows.where(first >= second, rows.flip(0))[:, decided if decided.any() else ~decided].flatten()
-        on_device = rows.to(self.contexts.device)
+        on_device = onto(self.contexts.device, rows)
         return Batch(self.contexts[:, on_device], [step.of(on_device) for step in self.steps], self.rewards[rows],
                      decided.float().mean().item())
 
@@ -551,7 +562,7 @@ def main() -> None:
                 advantages = [None] * args.grad_accum
                 if method.advantages:
                     everyones = method.advantages(rewards.flatten(), of, buffers).view_as(rewards)
-                    advantages = everyones[:, rank].to(device)                                   # (A, R)
+                    advantages = onto(device, everyones[:, rank])                                # (A, R)
                 size = args.grad_accum // args.updates
                 for i in [*range(0, args.grad_accum, size)] * args.epochs:
                     logs = {}

@@ -10,6 +10,7 @@ from torch import Tensor
 from model.checkpoint import Pipeline
 from model.errors import UserError
 from model.files import digest, digest_of, read_json, read_lines, read_tensors
+from sampling import onto
 
 from .folder import FORMAT
 from .rows import pairs_of, row_number, same_length, scores_of
@@ -139,7 +140,7 @@ class Pairs:
             latents = torch.cat([torch.stack([shard[parts[k]][i] for shard, i, parts in rows])
                                  for k in range(len(rows[0][2]))])
         context = same_length([shard["context"][i] for shard, i, _ in rows])
-        return latents.to(device, torch.float32), context.to(device, dtype)
+        return onto(device, latents, torch.float32), onto(device, context, dtype)
 
     def labels(self, indices: list[int]) -> Tensor:
         """(B,): 1 for a winner, -1 for a loser; of `data` labels."""

@@ -10,6 +10,7 @@ from .excite import draw_excited, split_words
 from .guidance import guided_eps
 from .lan import sample_lan
 from .noise import draw_optimised
+from .onto import onto
 from .people import draw_people
 from .prompt import encode_prompts
 from .rollout import Rollout, eps_gain, rollout, rollout_timesteps, step_distribution, step_log_prob
@@ -21,8 +22,8 @@ from .suffixes import draw_with_suffixes
 __all__ = [
     "SAMPLERS", "Drawing", "Rollout", "add_noise", "ddim_step", "ddpm_step", "decode", "dpm_solver_schedule",
     "dpm_solver_step", "draw_best", "draw_excited", "draw_optimised", "draw_people", "draw_pictures",
-    "draw_with_suffixes", "encode_prompts", "eps_from_v", "eps_gain", "guided_eps", "make_alphas_cumprod",
-    "picture_settings", "rollout", "rollout_timesteps", "sample_ddim", "sample_ddpm",
-    "sample_dpm_solver", "sample_lan", "sample_latents", "seeded", "split_words", "step_distribution", "step_log_prob",
-    "timesteps", "to_images", "to_picture", "x0_from_eps",
+    "draw_with_suffixes", "encode_prompts", "eps_from_v", "eps_gain", "guided_eps", "make_alphas_cumprod", "onto",
+    "picture_settings", "rollout", "rollout_timesteps", "sample_ddim", "sample_ddpm", "sample_dpm_solver", "sample_lan",
+    "sample_latents", "seeded", "split_words", "step_distribution", "step_log_prob", "timesteps", "to_images",
+    "to_picture", "x0_from_eps",
 ]

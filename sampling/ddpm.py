@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .onto import onto
 from .schedule import at, timesteps, x0_from_eps
 
 
@@ -36,7 +37,7 @@ def sample_ddpm(
     ts = timesteps(steps, scheduler)
     for t, t_prev in zip(ts, [*ts[1:], -1], strict=True):
         eps = eps_fn(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
-        noise = torch.cat([torch.randn((1, *x.shape[1:]), generator=g) for g in generators]).to(x)
-        x = ddpm_step(eps, x, t, t_prev, alphas_cumprod, noise)
+        noise = torch.cat([torch.randn((1, *x.shape[1:]), generator=g) for g in generators])
+        x = ddpm_step(eps, x, t, t_prev, alphas_cumprod, onto(x.device, noise, x.dtype))
         x = after_step(x) if after_step else x
     return x

@@ -20,6 +20,7 @@ from model.errors import UserError
 
 from .guidance import guided_eps
 from .lan import sample_lan
+from .onto import onto
 from .prompt import encode_prompts
 from .samplers import SAMPLERS
 
@@ -91,7 +92,7 @@ def sample_latents(
     scheduler, alphas_cumprod = pipeline.configs["scheduler"], pipeline.alphas_cumprod
     x, generators = initial_noise(
         seeds, drawing.height // pipeline.vae.downscale, drawing.width // pipeline.vae.downscale)
-    x = x.to(pipeline.device)
+    x = onto(pipeline.device, x)
     v_schedule = alphas_cumprod if pipeline.predicts_v else None
     sampler = SAMPLERS[drawing.sampler]
     noise = {"generators": generators} if sampler.stochastic else {}

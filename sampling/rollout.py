@@ -17,6 +17,7 @@ from torch import Tensor
 from model.errors import UserError
 
 from .ddim import ddim_step
+from .onto import onto
 from .schedule import T, at, timesteps
 
 
@@ -105,8 +106,8 @@ def rollout(
         t, t_prev = (torch.full((len(x),), step, device=x.device) for step in pair)
         eps = eps_fn(x, t)
         mean, sigma = step_distribution(eps, x, t, t_prev, alphas_cumprod)
-        noise = torch.cat([torch.randn((1, *x.shape[1:]), generator=g) for g in generators]).to(x)
-        x_prev = mean + sigma * noise
+        noise = torch.cat([torch.randn((1, *x.shape[1:]), generator=g) for g in generators])
+        x_prev = mean + sigma * onto(x.device, noise, x.dtype)
         log_probs.append(step_log_prob(eps, x, x_prev, t, t_prev, alphas_cumprod))
         latents.append(x_prev)
         x = x_prev
