@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # For latents of 16x16 (the defaults are the paper's for SD1.5): see README.md.
 SMALL = --data demo/data --lr 5e-4 --beta 1000 --batch-size 32 --steps 60 --dtype bfloat16
-.PHONY: demo results test test-avx2 bench lint clean
+.PHONY: demo results test test-avx2 bench bench-gpu lint clean
 
 # The whole job, in four minutes on two cores. Drawing the pool takes the longest by far: for show it is drawn for six
 # prompts, and training goes on from the pairs of 640 prompts that ship with the checkpoint (paper_people/pairs.py).
@@ -31,6 +31,10 @@ bench: .venv/test
 	.venv/bin/python benchmarks/sampling_step.py
 	.venv/bin/python benchmarks/loading.py
 	.venv/bin/python benchmarks/train_step.py
+
+# Ten minutes where a GPU is at hand: whether all is right on it, and how fast; in gpu.md.
+bench-gpu: .venv/test
+	.venv/bin/python benchmarks/gpu.py
 
 lint: .venv/test
 	.venv/bin/ruff check .

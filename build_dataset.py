@@ -45,7 +45,8 @@ from pictures import parameters
 from sampling import SAMPLERS, Drawing, picture_settings, sample_latents, to_picture
 
 # Not noted in dataset.json, and noted, but free to change: names, whose contents are noted as digests.
-NOT_NOTED = ("out", "verify", "repair", "device", "batch_size", "shard", "export_pickapic", "limit", "source")
+NOT_NOTED = ("out", "verify", "repair", "device", "batch_size", "compile", "shard", "export_pickapic", "limit",
+             "source")
 MAY_CHANGE = ("model", "vae", "prompts", "category", "scorer", "from_pairs", "from_images", "reselect")
 SOURCES = ("reselect", "from_pairs", "from_images", "prompts")
 
@@ -94,7 +95,7 @@ def parse_args():
             raise UserError(f"--{name.replace('_', '-')}: {args.source} has no pools to choose from; leave it away")
     if args.export_pickapic and args.images == "none" and not is_finished(Path(args.out)):
         raise UserError("--images none: --export-pickapic needs both pictures of a pair")
-    for name in ("lora", "preview_steps") if args.source != "--prompts" else ():
+    for name in ("lora", "preview_steps", "compile") if args.source != "--prompts" else ():
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')} goes with drawing; {args.source} draws nothing")
     if args.preview_steps is not None:
@@ -201,6 +202,8 @@ def open_source(args) -> tuple[Source, dict, str]:
             pipeline.add_loras(args.lora)
         pipeline.merge_loras()
         inputs["lora"] = digest_all(files)
+    if args.compile:
+        pipeline.unet.compile()
     if args.from_pairs or args.from_images:
         listed = (read_pairs(Path(args.from_pairs), args.human_only) if args.from_pairs
                   else read_images(Path(args.from_images)))

@@ -139,6 +139,7 @@ def add_drawing_options(parser: argparse.ArgumentParser, samplers: Iterable[str]
     parser.add_argument(
         "--clip-skip", type=whole(0), default=0, help="last text layers left out (A1111's number less one)")
     parser.add_argument("--batch-size", type=whole(1), default=4, help="pictures drawn at once; does not change them")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the U-Net, a minute for each batch size")
 
 
 def add_lora_options(parser: argparse.ArgumentParser) -> None:

@@ -69,8 +69,8 @@ from pictures import sheet, write_png
 from sampling import SAMPLERS, Drawing
 
 # Not noted in evaluation.json; or noted by their contents: the sides, the prompts. Scorers may be added.
-NOT_NOTED = ("out", "device", "batch_size", "shard", "scorers", "run", "fid", "lora", "lan", "candidate", "baseline",
-             "compare", "limit", "category", "concept", "concept_image", "concept_strength")
+NOT_NOTED = ("out", "device", "batch_size", "compile", "shard", "scorers", "run", "fid", "lora", "lan", "candidate",
+             "baseline", "compare", "limit", "category", "concept", "concept_image", "concept_strength")
 MAY_CHANGE = ("model", "vae", "prompts", "preference_accuracy")
 SHEET_COLUMNS = 12
 SHOWN = ("height", "width", "steps", "guidance", "sampler", "negative_prompt", "seed", "num_images", "dtype")
@@ -110,7 +110,7 @@ def parse_args():
     if not args.preference_accuracy and len(ways) != 1:
         raise UserError(f"{' and '.join(ways) or 'nothing to judge'}: give one of --lora, --candidate and --compare")
     if args.preference_accuracy:
-        for name in ("baseline", "lan", "run", "fid", "concept"):
+        for name in ("baseline", "lan", "run", "fid", "concept", "compile"):
             if getattr(args, name):
                 raise UserError(f"--{name} goes without --preference-accuracy, which draws nothing")
     if args.human_only and not args.preference_accuracy:
@@ -209,7 +209,10 @@ def noted_options(args, drawing: Drawing, dtype: torch.dtype) -> dict:
 def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int, parts: int) -> list[str]:
     """Draws and judges all sides, and writes the report, once all jobs are done. -> what went wrong."""
     def load(model: str) -> Pipeline:
-        return load_pipeline(model, device, dtype, args.vae, args.prediction_type)
+        pipeline = load_pipeline(model, device, dtype, args.vae, args.prediction_type)
+        if args.compile:
+            pipeline.unet.compile()
+        return pipeline
 
     sides = make_sides(args)
     rows, drawing = make_rows(args, sides, Drawing.of(vars(args)))

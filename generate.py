@@ -58,7 +58,7 @@ from sampling import (
 
 SHEET_PICTURES = 64
 # Not in generate.json; and there, but names, whose contents are inputs.
-NOT_NOTED = ("out", "device", "batch_size", "prompt", "limit", "way", "shown")
+NOT_NOTED = ("out", "device", "batch_size", "compile", "prompt", "limit", "way", "shown")
 MAY_CHANGE = ("model", "vae", "prompts", "category", "scorer", "suffixes", "concept", "concept_image")
 WAYS = ("best_of", "optimise_noise", "suffixes", "excite")     # to better pictures without training, each in sampling/
 # Noted where they are given: folders of before they came go on.
@@ -116,6 +116,8 @@ def check_way(args) -> None:
     args.way = ways[0] if ways else None
     if args.way in ("optimise_noise", "excite") and (args.lan or SAMPLERS[args.sampler].stochastic):
         raise UserError(f"{options[0]} needs a sampler that draws no noise of its own (dpm++ or ddim), and no --lan")
+    if args.way == "excite" and args.compile:
+        raise UserError("--excite goes without --compile: it looks into the U-Net's attention")
     if args.way == "excite" and args.prompt_weights != "off":
         raise UserError("--excite goes without --prompt-weights, which makes other tokens of a prompt")
     if args.noise_lr and args.way != "optimise_noise":
@@ -235,6 +237,8 @@ def main() -> None:
         pipeline.add_loras(args.lora)
     if not args.lan:
         pipeline.merge_loras()
+    if args.compile:
+        pipeline.unet.compile()
     drawing = Drawing.of(vars(args)).for_model(pipeline)
     if args.model in BUILT_IN:
         hint_at_vocabulary(args.prompt, named(BUILT_IN[args.model].vocabulary)())

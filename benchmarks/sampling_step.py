@@ -1,71 +1,84 @@
-"""One guided sampling step of SD1.5's U-Net (two rows), ours beside diffusers', with the same random weights.
+"""One guided sampling step of SD1.5's U-Net (two rows a picture), ours beside diffusers', same random weights.
 
-    python benchmarks/sampling_step.py [--size 512] [--dtype bfloat16] [--device cuda] [--rounds 5] [--compile]
+    python benchmarks/sampling_step.py [--size 512] [--batch-size 1] [--dtype bfloat16] [--device cuda] [--rounds 5]
+                                       [--sides ours,peer,ours-compiled,peer-compiled,ours-channels_last,ours-graphs]
 
-Both run in this process, in turn; the ratio is the median of the rounds' ratios, so that a machine that changes its
-speed does not change it much.
+All run in this process, in turn; a ratio is the median of the rounds' ratios. The rate counts the U-Net's operations;
+its share is of a large matrix product's rate. Pictures a second are of 50 steps, without decoding.
 """
 
-import argparse
-import platform
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.cost import tflop  # noqa: E402
+from benchmarks.results.page import markdown  # noqa: E402
+from benchmarks.shared import machine, matrix_rate, options, ratios, timed  # noqa: E402
 from model.ldm import SD15  # noqa: E402
 from model.unet import UNet  # noqa: E402
 from sampling import guided_eps  # noqa: E402
 
+SIDES = ("ours", "peer", "ours-compiled", "peer-compiled", "ours-channels_last", "ours-graphs")
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=256, help="pixels a side")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="torch.compile ours")
-    args = parser.parse_args()
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
 
-    torch.manual_seed(0)
-    peer = UNet2DConditionModel(**{k: v for k, v in SD15["unet"].items() if k[0] != "_"}).to(device, dtype).eval()
+def peer_unet() -> nn.Module:
+    return UNet2DConditionModel(**{key: value for key, value in SD15["unet"].items() if key[0] != "_"})
+
+
+def build(side: str, weights: dict[str, torch.Tensor]) -> nn.Module:
+    """With these weights, which all sides share but for the one that lays them out otherwise."""
     with torch.device("meta"):
-        ours = UNet()
-    ours.load_state_dict(peer.state_dict(), assign=True)                         # one copy of the weights for both
-    if args.compile:
-        ours.compile()
-    side = args.size // 8
-    x, t = torch.randn(1, 4, side, side, device=device, dtype=dtype), torch.tensor([500], device=device)
-    context = torch.randn(2, 77, 768, device=device, dtype=dtype)
+        unet = peer_unet() if side.startswith("peer") else UNet()
+    unet.load_state_dict(weights, assign=True)
+    unet.eval()
+    if side.endswith("compiled"):
+        unet.compile()
+    if side.endswith("channels_last"):
+        unet.to(memory_format=torch.channels_last)
+    return torch.compile(unet, mode="reduce-overhead") if side.endswith("graphs") else unet
 
-    def step_ours() -> torch.Tensor:
-        return guided_eps(ours, context[1:], context[:1], 5.0)(x, t)
 
-    def step_peer() -> torch.Tensor:
-        uncond, cond = peer(torch.cat([x, x]), t, encoder_hidden_states=context).sample.chunk(2)
-        return uncond + 5.0 * (cond - uncond)
+@torch.no_grad()
+def main() -> None:
+    parser = options(__doc__, SIDES)
+    parser.add_argument("--batch-size", type=int, default=1, help="pictures")
+    args = parser.parse_args()
+    device, dtype, guidance = torch.device(args.device), getattr(torch, args.dtype), 5.0
+    torch.manual_seed(0)
+    weights = peer_unet().to(device, dtype).state_dict()
+    n, (height, width) = args.batch_size, args.size
+    x, t = torch.randn(n, 4, height // 8, width // 8, device=device, dtype=dtype), torch.full((n,), 500, device=device)
+    uncond, cond = torch.randn(2, n, 77, 768, device=device, dtype=dtype)
 
-    def timed(step) -> float:
-        start = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+    def step(side: str, unet: nn.Module) -> torch.Tensor:
+        if side.startswith("ours"):
+            return guided_eps(unet, cond, uncond, guidance)(x, t)
+        without, out = unet(torch.cat([x, x]), t[0], encoder_hidden_states=torch.cat([uncond, cond])).sample.chunk(2)
+        return without + guidance * (out - without)
 
-    with torch.no_grad():
-        difference = (step_ours() - step_peer()).abs().max().item()              # also the warm-up
-        times = [(timed(step_ours), timed(step_peer)) for _ in range(args.rounds)]
-    a, b = (statistics.median(column) for column in zip(*times))
-    ratio = statistics.median(ours / peer for ours, peer in times)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.size}x{args.size} {args.dtype} on {machine} ({platform.machine()}), torch {torch.__version__}")
-    print(f"ours {a:.3f} s, diffusers {b:.3f} s, ratio {ratio:.3f} (median of {args.rounds}); "
-          f"largest difference {difference:.1e}")
+    unets = {side: build(side, weights) for side in args.sides}
+    eps = {side: step(side, unet).float() for side, unet in unets.items()}                       # also the warm-up
+    seconds = {side: [] for side in unets}
+    for _ in range(args.rounds):
+        for side, unet in unets.items():
+            seconds[side].append(timed(device, step, side, unet))
+    with torch.device("meta"):
+        row = tflop(lambda: UNet()(torch.empty(1, *x.shape[1:]), torch.empty(1), torch.empty(1, 77, 768)))
+    peak, first = matrix_rate(device, dtype), eps[args.sides[0]]
+    print(f"{n} x {width}x{height}, {args.dtype}, {machine(device)}; a matrix product does {peak:.2f} TFLOP/s\n")
+    lines = []
+    for side, ratio in ratios(seconds).items():
+        median = statistics.median(seconds[side])
+        rate = 2 * n * row / median
+        lines.append([side, f"{median:.4f} s", f"{ratio:.3f}", f"{n / median / 50:.3f}", f"{rate:.2f}",
+                      f"{100 * rate / peak:.0f} %", f"{(eps[side] - first).abs().max():.1e}"])
+    print(markdown(["", f"median of {args.rounds}", "ratio", "pictures/s", "TFLOP/s", "share",
+                    f"largest difference from {args.sides[0]}"], lines), end="")
 
 
 if __name__ == "__main__":

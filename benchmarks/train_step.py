@@ -1,15 +1,15 @@
-"""One training step of Diffusion-DPO at SD1.5's size, ours beside diffusers' script with peft, random weights.
+"""A training step of Diffusion-DPO at SD1.5's size, ours beside diffusers' script with peft, random weights.
 
-    python benchmarks/train_step.py [--size 256] [--dtype bfloat16] [--device cuda] [--rounds 5] [--compile]
-                                    [--gradient-checkpointing]
+    python benchmarks/train_step.py [--size 256] [--pairs 1] [--dtype bfloat16] [--device cuda] [--rounds 5]
+                                    [--sides ours,peer,ours-compiled,peer-compiled] [--gradient-checkpointing]
 
-One pair. The peer does what diffusers' train_diffusion_dpo.py does: VAE and text encoder, policy, reference with the
-adapters disabled, loss, backward, clipping, AdamW. Ours is `train.py`'s step, HG-DPO's two losses; latents and context
-come ready from the dataset. Each runs in a process of its own, in turn; the ratios are medians of the rounds' ratios.
+The peer does what diffusers' train_diffusion_dpo.py does: VAE and text encoder, policy, reference with the adapters
+disabled, loss, backward, clipping, AdamW. Ours is `train.py`'s step, HG-DPO's two losses; latents and context come
+ready from the dataset. Each runs in a process of its own, in turn; the ratios are medians of the rounds' ratios.
 "U-Net part" is policy and reference forward, loss and backward. Memory is the process's peak (on CUDA the allocator's).
+The rate counts the operations of the U-Net part; its share is of a large matrix product's rate.
 """
 
-import argparse
 import multiprocessing
 import resource
 import statistics
@@ -20,6 +20,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.shared import machine, matrix_rate, options, ratios  # noqa: E402
+
+SIDES = ("ours", "peer", "ours-compiled", "peer-compiled")
 TIMED = ("VAE and text", "U-Net part", "optimiser")
 
 
@@ -48,28 +51,28 @@ def made(make, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     return module
 
 
-def ours(args, device: torch.device, dtype: torch.dtype, clock: Clock):
+def ours(args, compiled: bool, device: torch.device, dtype: torch.dtype, clock: Clock):
     from losses import hg_dpo_loss
     from model.ldm import SD15
     from model.lora import inject_lora
     from model.unet import UNet
-    from sampling import add_noise, make_alphas_cumprod
+    from sampling import add_noise, make_alphas_cumprod, onto
     from train import make_optimizer, predictions
     from training.memory import save_memory
     unet = made(UNet, device, dtype)
     parameters = inject_lora(unet)
-    save_memory(unet, args.gradient_checkpointing, args.compile)
+    save_memory(unet, args.gradient_checkpointing, compiled)
     optimizer = make_optimizer("adamw", parameters, lr=1e-5)
     alphas_cumprod = make_alphas_cumprod(SD15["scheduler"]).to(device)
-    side = args.size // 8
-    x0 = torch.randn(2, 4, side, side, device=device)
-    context = torch.randn(1, 77, 768, device=device, dtype=dtype).repeat(2, 1, 1)
+    n, latent = args.pairs, (4, args.size[0] // 8, args.size[1] // 8)
+    x0 = torch.randn(2 * n, *latent, device=device)
+    context = torch.randn(n, 77, 768, device=device, dtype=dtype).repeat(2, 1, 1)
 
     def step() -> None:
-        t = torch.randint(0, 1000, (1,)).to(device)
-        noise = torch.randn(1, 4, side, side).to(device).repeat(2, 1, 1, 1)
+        t = onto(device, torch.randint(0, 1000, (n,)))
+        noise = onto(device, torch.randn(n, *latent)).repeat(2, 1, 1, 1)
         x_t = add_noise(x0, noise, t.repeat(2), alphas_cumprod)
-        predicted = predictions(unet, x_t, t.repeat(2), context, reference=True, compiled=args.compile)
+        predicted = predictions(unet, x_t, t.repeat(2), context, reference=True, compiled=compiled)
         loss, _ = hg_dpo_loss(**predicted, noise=noise, timesteps=t, alphas_cumprod=alphas_cumprod)
         loss.backward()
         clock.mark("U-Net part")
@@ -81,7 +84,7 @@ def ours(args, device: torch.device, dtype: torch.dtype, clock: Clock):
     return step
 
 
-def peer(args, device: torch.device, dtype: torch.dtype, clock: Clock):
+def peer(args, compiled: bool, device: torch.device, dtype: torch.dtype, clock: Clock):
     import torch.nn.functional as F
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from peft import LoraConfig
@@ -99,23 +102,24 @@ def peer(args, device: torch.device, dtype: torch.dtype, clock: Clock):
         r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if args.compile:
+    if compiled:
         unet.compile()
     parameters = [p for p in unet.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    pixels = torch.rand(2, 3, args.size, args.size, device=device, dtype=dtype) * 2 - 1
-    ids = torch.randint(0, 49408, (1, 77), device=device)
+    n = args.pairs
+    pixels = torch.rand(2 * n, 3, *args.size, device=device, dtype=dtype) * 2 - 1
+    ids = torch.randint(0, 49408, (n, 77), device=device)
 
     def step() -> None:
         with torch.no_grad():
             latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
             context = text_encoder(ids)[0].repeat(2, 1, 1)
         clock.mark("VAE and text")
-        noise = torch.randn_like(latents[:1]).repeat(2, 1, 1, 1)
-        t = torch.randint(0, 1000, (1,), device=device).repeat(2)
+        noise = torch.randn_like(latents[:n]).repeat(2, 1, 1, 1)
+        t = torch.randint(0, 1000, (n,), device=device).repeat(2)
         x_t = scheduler.add_noise(latents, noise, t)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             eps = unet(x_t, t, context).sample
@@ -136,12 +140,12 @@ def peer(args, device: torch.device, dtype: torch.dtype, clock: Clock):
     return step
 
 
-def work(args, make, pipe) -> None:
+def work(args, side: str, pipe) -> None:
     """A process: sets up, then a step for every message; answers with its parts' seconds and the peak so far."""
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     torch.manual_seed(0)
-    clock = Clock(device)
-    step = make(args, device, dtype, clock)
+    clock, make = Clock(device), ours if side.startswith("ours") else peer
+    step = make(args, side.endswith("compiled"), device, dtype, clock)
     while pipe.recv():
         clock.start()
         step()
@@ -150,38 +154,40 @@ def work(args, make, pipe) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=256, help="pixels a side")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5, help="after one to warm up")
-    parser.add_argument("--compile", action="store_true", help="torch.compile both U-Nets")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="in both")
+    from benchmarks.cost import count  # here: what the two processes measure should have none of it
+    from benchmarks.results.page import markdown
+    parser = options(__doc__, SIDES)
+    parser.add_argument("--pairs", type=int, default=1, help="a step")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="in all")
     args = parser.parse_args()
-
-    pipes, context = [], multiprocessing.get_context("spawn")
-    for make in (ours, peer):
-        here, there = context.Pipe()
-        context.Process(target=work, args=(args, make, there), daemon=True).start()
-        pipes.append(here)
-    rounds = []
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    pipes, context = {}, multiprocessing.get_context("spawn")
+    for side in args.sides:
+        pipes[side], there = context.Pipe()
+        context.Process(target=work, args=(args, side, there), daemon=True).start()
+    answers = {side: [] for side in pipes}
     for _ in range(args.rounds + 1):
-        answers = []
-        for pipe in pipes:
+        for side, pipe in pipes.items():
             pipe.send(True)
-            answers.append(pipe.recv())
-        rounds.append(answers)
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"one pair at {args.size}x{args.size}, {args.dtype}, {machine}, torch {torch.__version__}")
-    print(f"{'':14}{'ours':>9}{'peer':>9}{'ratio':>8}   (medians of {args.rounds})")
-    for name, parts in (*((part, [part]) for part in TIMED), ("whole step", TIMED)):
-        seconds = [[sum(values[part] for part in parts) for values, _ in answers] for answers in rounds[1:]]
-        a, b = (statistics.median(column) for column in zip(*seconds))
-        print(f"{name:14}{a:8.3f}s{b:8.3f}s{statistics.median(x / y for x, y in seconds):8.2f}")
-    (_, a), (_, b) = rounds[-1]
-    print(f"{'peak memory':14}{a / 1e9:7.2f}GB{b / 1e9:7.2f}GB{a / b:8.2f}")
-    for pipe in pipes:
+            answers[side].append(pipe.recv())
+    for pipe in pipes.values():
         pipe.send(False)
+
+    def seconds(parts: tuple[str, ...]) -> dict[str, list[float]]:
+        return {side: [sum(one[part] for part in parts) for one, _ in found[1:]] for side, found in answers.items()}
+
+    height, width = args.size
+    work_done, peak = args.pairs * count(height, width)["pair"], matrix_rate(device, dtype)
+    print(f"{args.pairs} pairs of {width}x{height}, {args.dtype}, {machine(device)}; a matrix product does {peak:.2f} "
+          f"TFLOP/s; ratios are medians of {args.rounds}\n")
+    unet, whole, lines = seconds(("U-Net part",)), seconds(TIMED), []
+    head = ["", "U-Net part", "ratio", "whole step", "ratio", "peak memory", "pairs/s", "share"]
+    for side in answers:
+        a, b, memory = statistics.median(unet[side]), statistics.median(whole[side]), answers[side][-1][1]
+        lines.append([
+            side, f"{a:.3f} s", f"{ratios(unet)[side]:.2f}", f"{b:.3f} s", f"{ratios(whole)[side]:.2f}",
+            f"{memory / 1e9:.2f} GB", f"{args.pairs / b:.2f}", f"{100 * work_done / a / peak:.0f} %"])
+    print(markdown(head, lines), end="")
 
 
 if __name__ == "__main__":

@@ -455,3 +455,25 @@ def test_ctrl_c_keeps_what_is_finished(tiny, tmp_path):
         Image.open(out / name).verify()
     assert len(list((out / "partial").iterdir())) in (len(files), len(files) + 1) and (out / "sheet.png").exists()
     assert not list(out.rglob("*.part"))        # no half-written file
+
+
+def test_compiled_it_draws_the_same(tiny, run, monkeypatch, tmp_path):
+    """A compiler that changes nothing stands in for Inductor, which takes a minute: what is drawn goes through it, with
+    the LoRA and, for LAN, without."""
+    graphs = []
+
+    def compile(unet) -> None:
+        torch.nn.Module.compile(unet, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+
+    unet = load_pipeline(tiny).unet
+    for parameter in inject_lora(unet, 2, 2.0):
+        parameter.data.normal_(std=0.1)
+    save_lora(tmp_path / "lora.safetensors", unet)
+    monkeypatch.setattr(generate.load_pipeline.__globals__["UNet"], "compile", compile)
+    options = ("--prompt", "a", "--steps", 2, "--lora", tmp_path / "lora.safetensors", "--lan", "--save-latents")
+    plain, _, _ = run(*options)
+    assert not graphs
+    compiled, _, _ = run(*options, "--compile", out="compiled")
+    assert len(graphs) == 2 and relative(latents(compiled), latents(plain)) < 1e-5
+    _, _, err = run("--prompt", "a", "--excite", "a", "--compile", out="excited", code=2)
+    assert "--excite goes without --compile" in err

@@ -84,10 +84,10 @@ def to_dtype(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
     return [x.to(dtype) if x.is_floating_point() else x for x in inputs]
 
 
-def parity(case: Case, dtype: torch.dtype) -> tuple[float, float]:
+def parity(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[float, float]:
     """-> the largest absolute difference, and the same relative to the largest value."""
-    ours, oracle = build_pair(case, dtype)
-    inputs = to_dtype(case.inputs(), dtype)
+    ours, oracle = (net.to(device) for net in build_pair(case, dtype))
+    inputs = [x.to(device) for x in to_dtype(case.inputs(), dtype)]
     with torch.no_grad():
         got, wanted = case.run(ours, *inputs), case.run_oracle(oracle, *inputs)
     assert got.shape == wanted.shape and got.dtype == wanted.dtype == dtype

@@ -28,9 +28,7 @@ def save_memory(unet: nn.Module, gradient_checkpointing: bool, compile: bool) ->
     if compile:
         if lora_layers(unet):
             lora_by_tensor(unet)
-        # Every step has the same shapes. On a CPU the number of threads is left to the run: a kernel that was compiled
-        # for two and comes from the cache to a process with one would write outside of its memory.
-        unet.compile(dynamic=False, options={"cpp.dynamic_threads": True})
+        unet.compile()
         return
     for module in unet.modules():
         if isinstance(module, ResBlock):
