@@ -348,6 +348,8 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:                     # a disk that is full, a folder that may not be written
         sys.exit(_say(f"{error.filename or 'file'}: {error.strerror or error}", 2))
     except (MemoryError, RuntimeError) as error:
+        if re.search("Connection (closed|reset) by peer", str(error)):       # as gloo says it
+            sys.exit(_say("another process of this run has ended; what was finished is saved", 2))
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         less = "a smaller --batch-size, --dtype bfloat16, or (train.py) --gradient-checkpointing takes less"

@@ -13,6 +13,7 @@ import cli
 # isort: split
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,13 @@ def without(words: list[str], *options: str) -> list[str]:
 
 def call(program: str, *words: object) -> None:
     """Runs a program of this folder. It has said what is wrong where it ends with another code than 0; so do we."""
-    code = subprocess.run([sys.executable, Path(__file__).parent / program, *map(str, words)]).returncode
+    process = subprocess.Popen([sys.executable, Path(__file__).parent / program, *map(str, words)])
+    # Ctrl-C has reached it, too, and SIGTERM is passed on: it saves what it is at, and then we end as it does.
+    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: process.terminate()}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    code = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
     if code:
         raise SystemExit(code if code > 0 else 128 - code)
 

@@ -1,8 +1,9 @@
 """The rows of a dataset as they come into being: each a file of its own, joined to shards of 64.
 
-    partial/000123.safetensors   a finished row: its tensors in half precision, its line in the header
+    partial/000123.safetensors   a finished row: its tensors in half precision, its line and the digest in the header
     partial/000123.json          a row that is left out, and why
     pairs-00001.jsonl, shard-00001.safetensors, left-out-00001.jsonl       the same for rows 64 to 127, joined
+    partial/shard-00001.json     these files' digests, until they stand in dataset.json
 
 A shard is joined once all of its rows are there, whichever jobs made them, and `pairs-` is written last. Where rows
 are added, or those that failed are tried again, it is taken apart first: rows that are there stay as they are.
@@ -22,6 +23,7 @@ from PIL import Image
 from model.errors import UserError
 from model.files import (
     digest,
+    digest_of,
     digest_of_tensors,
     is_a,
     parse_object,
@@ -70,6 +72,25 @@ def picture_path(out: Path, row_id: str, name: str) -> Path:
     return out / "images" / ("" if thousand == "000" else thousand) / f"{row_id}_{name}.png"
 
 
+def digests_file(out: Path, shard: int) -> Path:
+    return out / "partial" / f"shard-{shard:05d}.json"
+
+
+def write_row(path: Path, line: dict, tensors: dict[str, torch.Tensor]) -> None:
+    text = json.dumps(line)
+    write_tensors(path, tensors, {"line": text, "digest": digest_of([text, digest_of_tensors(tensors)])})
+
+
+def read_row(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What `write_row` wrote; UserError where it is not as it was."""
+    header = read_header(path)[1]
+    text, tensors = header.get("line", ""), read_tensors(path)
+    line = parse_object(text, f"{path}: its header", {"id": str})
+    if "digest" in header and header["digest"] != digest_of([text, digest_of_tensors(tensors)]):
+        raise UserError(f"{path}: not as it was when it was written; remove it, and it is made again")
+    return line, tensors
+
+
 def pending_rows(out: Path, rows: int) -> tuple[list[int], list[int]]:
     """-> the numbers of the rows that are not there, and of those that failed. Takes shards apart that miss a row or
     have one that failed; the folder's jobs do this in turn."""
@@ -88,7 +109,7 @@ def pending_rows(out: Path, rows: int) -> tuple[list[int], list[int]]:
         for number in numbers:
             row, note = row_files(out, number)
             try:
-                if row.is_file() and "line" in read_header(row)[1]:
+                if row.is_file() and read_row(row):
                     continue
                 if not note.is_file() or row.is_file():
                     missing.append(number)
@@ -109,11 +130,12 @@ def take_apart(out: Path, shard: int, keep: Collection[int]) -> None:
         raise UserError(f"{tensors}: has other rows than the {len(lines)} of {pairs.name}; make it again")
     for i, number in kept:
         row = {name: tensor[i].clone() for name, tensor in rows_of.items()}
-        write_tensors(row_files(out, number)[0], row, {"line": json.dumps(lines[i])})
+        write_row(row_files(out, number)[0], lines[i], row)
     for note in read_lines(left_out, id=str) if keep and left_out.is_file() else []:
         if (number := row_number(note, left_out)) in keep:
             write_text(row_files(out, number)[1], json.dumps(note))
-    for path in (pairs, tensors, left_out):                    # `pairs` first: without it the shard is not joined
+    # `pairs` first: without it the shard is not joined.
+    for path in (pairs, tensors, left_out, digests_file(out, shard)):
         path.unlink(missing_ok=True)
 
 
@@ -152,7 +174,7 @@ def make_row(
             file = picture_path(out, line["id"], name)
             write_png(file, picture, texts(line, name))
             line["pictures"][name] = digest(file)
-    write_tensors(path, {name: tensor.half() for name, tensor in tensors.items()}, {"line": json.dumps(line)})
+    write_row(path, line, {name: tensor.half() for name, tensor in tensors.items()})
     note.unlink(missing_ok=True)
     return None
 
@@ -178,8 +200,9 @@ def join_rows(out: Path, shard: int, numbers: range) -> bool:
     for number in numbers:
         row, note = row_files(out, number)
         if row.is_file():
-            lines.append(parse_object(read_header(row)[1].get("line", ""), f"{row}: its header", {"id": str}))
-            rows.append({name: tensor.clone() for name, tensor in read_tensors(row).items()})    # the file goes
+            line, tensors = read_row(row)
+            lines.append(line)
+            rows.append({name: tensor.clone() for name, tensor in tensors.items()})              # the file goes
             if kinds_of(rows[-1]) != kinds_of(rows[0]) or not all(tensor.numel() for tensor in rows[-1].values()):
                 raise UserError(f"{row}: empty, or unlike the first row of its shard; remove the one that is damaged, "
                                 "and it is made again")
@@ -200,7 +223,10 @@ def join_rows(out: Path, shard: int, numbers: range) -> bool:
                  for i, line in enumerate(lines)]
     else:
         joined.unlink(missing_ok=True)
+    digests_file(out, shard).unlink(missing_ok=True)           # of an earlier one that a kill left
     write_text(pairs, "".join(json.dumps(line) + "\n" for line in lines))
+    files = [path for path in (pairs, joined, left_out) if path.is_file()]
+    write_text(digests_file(out, shard), json.dumps({path.name: digest(path) for path in files}))
     for number in numbers:
         for path in row_files(out, number):
             path.unlink(missing_ok=True)
@@ -238,6 +264,12 @@ def summarise(out: Path, rows: int) -> dict | None:
     shards = range(-(-rows // SHARD))
     if not all([join_rows(out, shard, shard_numbers(shard, rows)) for shard in shards]):
         return None
+    files = {path.name: digest(path) for shard in shards for path in shard_files(out, shard) if path.is_file()}
+    for shard in shards:
+        written = read_json(path) if (path := digests_file(out, shard)).is_file() else {}
+        if spoiled := [name for name in written if files.get(name) != written[name]]:
+            raise UserError(f"{out / spoiled[0]}: not as it was when it was written; remove "
+                            f"{shard_files(out, shard)[0].name}, and its rows are made again")
     shutil.rmtree(out / "partial", ignore_errors=True)
     clear_unfinished(out)
     lines = [line for shard in shards for line in read_lines(shard_files(out, shard)[0], id=str, prompt=str)]
@@ -263,9 +295,7 @@ def summarise(out: Path, rows: int) -> dict | None:
                 captions.append(f"{kind}{score}: {line['prompt']}")
     if images:
         write_png(out / "sheet.png", sheet(images, captions, min(len(lines), SHEET_PAIRS)))
-    files = [path for shard in shards for path in shard_files(out, shard) if path.is_file()]
-    return {"shards": [path.name for path in files if path.suffix == ".safetensors"],
-            "files": {path.name: digest(path) for path in files}, "counts": counts,
+    return {"shards": [name for name in files if name.endswith(".safetensors")], "files": files, "counts": counts,
             "left_out": [{key: note[key] for key in NOTE} for note in notes]}
 
 

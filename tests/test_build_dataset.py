@@ -486,6 +486,28 @@ def test_prompts_of_other_lengths(options, program, tmp_path):
     assert not torch.equal(context[1, :77], context[1, 77:])
 
 
+def test_what_a_disk_spoils_while_a_dataset_is_made(options, tmp_path, program, monkeypatch, capsys):
+    """A row is made again; files of a shard that is joined are named, and made again when they are removed."""
+    monkeypatch.setattr(rows, "SHARD", 2)
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    assert run_alone(options, program, straight) == 0
+    assert run_alone(options, program, out, "--shard", "1/2") == 0
+    row = out / "partial" / "000003.safetensors"
+    flip(row, row.stat().st_size - 1)
+    assert run_alone(options, program, out, "--shard", "1/2") == 0
+    for at, name in ((-1, SHARD), (30, PAIRS)):
+        monkeypatch.setattr(build_dataset, "summarise", lambda *_: None)         # as when it is killed before
+        assert run_alone(options, program, out) == 0
+        monkeypatch.undo()
+        monkeypatch.setattr(rows, "SHARD", 2)
+        flip(out / name, at)
+        capsys.readouterr()
+        assert run_alone(options, program, out) == 2
+        assert f"{name}: not as it was when it was written; remove {PAIRS}" in capsys.readouterr().err
+        (out / PAIRS).unlink()
+    assert run_alone(options, program, out) == 0 and contents(out) == contents(straight)
+
+
 def test_jobs_split_rows_and_agree_on_how(options, tmp_path, program, capsys):
     """Two jobs have half of the rows each, not half of the shards; a third that was told otherwise is refused."""
     out = tmp_path / "out"

@@ -60,6 +60,8 @@ def ended(main: str, *, shell: str = "", **options) -> subprocess.CompletedProce
     ("raise MemoryError", "", 2, "-c: out of memory (host); a smaller --batch-size"),
     ("import torch; torch.empty(10**16)", "", 2, "-c: out of memory ("),
     ("open('/nowhere/at/all', 'w')", "", 2, "-c: /nowhere/at/all: No such file or directory\n"),
+    ("raise RuntimeError('[pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typically')", "", 2,
+     "-c: another process of this run has ended; what was finished is saved\n"),
     ("print(os.fsdecode(b'caf\\xe9')); raise cli.UserError(os.fsdecode(b'caf\\xe9'))", "", 2, "-c: caf\\udce9\n"),
     ("print('x' * 10**6)\nprint('y')", "| head -c 1; true", 0, "nobody reads the output any more"),
     ("for i in cli.progress(range(3), 3, 'x'): print(i)", "2>&-", 0, ""),

@@ -1,8 +1,10 @@
 """rounds.py: every round draws with the last one's LoRA and trains it on; a run that was stopped goes on."""
 
 import json
+import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,11 +23,12 @@ def called(program, monkeypatch):
     """The programs run in this process; -> what was called."""
     calls = []
 
-    def run(words) -> subprocess.CompletedProcess:
+    def run(words) -> SimpleNamespace:
         calls.append([Path(words[1]).name, *words[2:]])
-        return subprocess.CompletedProcess(words, program(PROGRAMS[calls[-1][0]], *words[2:]))
+        code = program(PROGRAMS[calls[-1][0]], *words[2:])
+        return SimpleNamespace(wait=lambda: code)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "Popen", run)
     return calls
 
 
@@ -79,6 +82,26 @@ def test_a_pool_is_drawn_with_the_lora(options, program, called, tiny, tmp_path,
     assert "begun with --lora" in capsys.readouterr().err
     assert program(build_dataset, "--reselect", tmp_path / "half", "--lora", lora, "--out", tmp_path / "other") == 2
     assert capsys.readouterr().err == "build_dataset.py: --lora goes with drawing; --reselect draws nothing\n"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_program_that_is_stopped_may_save_first(name, tmp_path):
+    """However long that takes it. Ctrl-C reaches both; SIGTERM rounds.py alone, which passes it on."""
+    program, saved = tmp_path / "program.py", tmp_path / "saved"
+    program.write_text(f"""import os, signal, sys, time
+def save(*_):
+    time.sleep(1)
+    open({str(saved)!r}, "w")
+    sys.exit(130)
+signal.signal(signal.{name}, save)
+os.kill(os.getppid(), signal.{name})
+if "{name}" == "SIGINT": os.kill(os.getpid(), signal.SIGINT)
+time.sleep(20)
+""")
+    before = signal.getsignal(signal.Signals[name])
+    with pytest.raises(SystemExit) as end:
+        rounds.call(program)
+    assert end.value.code == 130 and saved.exists() and signal.getsignal(signal.Signals[name]) == before
 
 
 def test_bad_input_is_one_line(options, program, called, tmp_path, capsys):

@@ -528,6 +528,13 @@ def test_damaged_files_are_one_line(options, program, data, tmp_path, capsys):
 
     for content in (b"", b"cut", lambda old: old[:-100]):
         assert "not this run's checkpoint" in damaged(out, "checkpoint/state.pt", content)
+
+    def flipped(old: bytes) -> bytes:                          # a bit of a number
+        weight = next(tensor for name, tensor in lora(out).items() if "lora_down" in name)
+        at = old.index(weight.numpy().tobytes())
+        return old[:at] + bytes([old[at] ^ 1]) + old[at + 1:]
+    assert "has changed since it was written" in damaged(out, "checkpoint/state.pt", flipped)
+
     def other_state(key: str, value) -> bytes:
         state = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
         torch.save(state | {key: value(state[key])}, file := io.BytesIO())
@@ -539,6 +546,9 @@ def test_damaged_files_are_one_line(options, program, data, tmp_path, capsys):
     for content in (b"{}", b"[]", b'{"format": 1}', lambda old: old[:-20]):
         assert "config.json" in damaged(out, "config.json", content)
     assert "log.jsonl, line 1" in damaged(out, "log.jsonl", b"<html>\n")
+    for content in (b"", lambda old: old.replace(b'"loss": 0.', b'"loss": 1.')):
+        assert "log.jsonl: its lines are not those of the checkpoint" in damaged(out, "log.jsonl", content)
+    assert "log.jsonl: not there" in damaged(out, "log.jsonl", None)
     other = tmp_path / "other"
     assert program(train, *options, "--out", other, "--steps", 1, "--seed", 5) == 0
     assert "not this run's checkpoint (of another run)" in damaged(

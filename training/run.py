@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import signal
+import zipfile
 from collections.abc import Callable, Container, Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -23,6 +24,7 @@ from model.errors import UserError
 from model.files import digest_of, is_a, is_plain, read_lines, write_pickle, write_text
 from pictures import curves, write_png
 
+LOGS = ("log.jsonl", "watch.jsonl", "rewards.jsonl")
 CURVES = ("reward", "judge", "loss", "dpo", "stat", "kl", "implicit_accuracy", "grad_norm")
 
 
@@ -55,11 +57,15 @@ def resume(
 ) -> int:
     """The step that the run in `out` has reached, with its parameters, their average (or none) and optimizer; 0 for a
     new one. `run` is the digest of what the run is."""
-    state_file, step = out / "checkpoint" / "state.pt", 0
+    state_file, step, digests = out / "checkpoint" / "state.pt", 0, {}
     if state_file.is_file():
         try:
+            with zipfile.ZipFile(state_file) as entries:       # torch looks at no checksum
+                if entries.testzip():
+                    raise ValueError("it has changed since it was written")
             state = torch.load(state_file, map_location="cpu", weights_only=True)
             saved, step = [*state["parameters"], *state.get("average", [])], state["step"]
+            digests = state.get("logs", {})    # checkpoints of before they came have none
             if state["run"] != run or not all(map(is_plain, saved)) \
                     or [p.shape for p in saved] != [p.shape for p in (*parameters, *average)]:
                 raise ValueError("of another run")
@@ -72,12 +78,13 @@ def resume(
                             f"{state_file.parent} to begin again") from None
         for ours, theirs in zip((*parameters, *average), saved):
             ours.data.copy_(theirs)
-    for log_file in (out / "log.jsonl", out / "watch.jsonl", out / "rewards.jsonl"):
-        if rank == 0 and log_file.is_file():   # a killed run has logged steps past its checkpoint; they come again
+    for log_file in (out / name for name in LOGS):
+        if rank == 0 and (log_file.is_file() or log_file.name in digests):
+            # A killed run has logged steps past its checkpoint; they come again.
             lines = [line for line in read_lines(log_file, cut=True, step=int) if line["step"] <= step]
-            for line in lines:
-                if line.keys() != lines[0].keys() or not all(is_a(value, float) for value in line.values()):
-                    raise UserError(f"{log_file}: the line of step {line['step']} is damaged; mend or remove it")
+            if digests.get(log_file.name, digest_of(lines)) != digest_of(lines):
+                raise UserError(f"{log_file}: its lines are not those of the checkpoint beside it; put the right file "
+                                f"back, or remove {state_file.parent} to begin again")
             write_text(log_file, "".join(json.dumps(line) + "\n" for line in lines))
     return step
 
@@ -134,6 +141,7 @@ def save_checkpoint(
                + "".join(f"| {key} | {value:.6g} |\n" for key, value in figures.items()))
     write_pickle(out / "checkpoint" / "state.pt", {
         "run": run, "step": step, "parameters": [p.detach().cpu() for p in parameters],
+        "logs": {name: digest_of(read_lines(out / name)) for name in LOGS if (out / name).is_file()},
         "optimizer": optimizer.state_dict(), **({"average": [mean.cpu() for mean in average]} if average else {})})
 
 
