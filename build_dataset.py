@@ -38,6 +38,7 @@ from dataset.sources import Source, begin_dataset, from_kept, from_pictures, res
 from dataset.verify import damage
 from model.builtin import BUILT_IN, default_scorer
 from model.checkpoint import Pipeline, load_pipeline
+from model.compiled import compile_unet
 from model.errors import UserError
 from model.files import digest_all, digest_of, files_read
 from model.scorers import digest_of_scorer, load_scorer
@@ -45,8 +46,7 @@ from pictures import parameters
 from sampling import SAMPLERS, Drawing, picture_settings, sample_latents, to_picture
 
 # Not noted in dataset.json, and noted, but free to change: names, whose contents are noted as digests.
-NOT_NOTED = ("out", "verify", "repair", "device", "batch_size", "compile", "shard", "export_pickapic", "limit",
-             "source")
+NOT_NOTED = ("out", "verify", "repair", "device", "batch_size", "compile", "shard", "export_pickapic", "limit", "mode")
 MAY_CHANGE = ("model", "vae", "prompts", "category", "scorer", "from_pairs", "from_images", "reselect")
 SOURCES = ("reselect", "from_pairs", "from_images", "prompts")
 
@@ -86,18 +86,18 @@ def parse_args():
     given = [f"--{name.replace('_', '-')}" for name in SOURCES if getattr(args, name) is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)}: give one of them; rows come from one place")
-    args.source = given[0] if given else "--prompts"
+    args.mode = given[0] if given else "--prompts"
     if args.human_only and not args.from_pairs:
         raise UserError("--human-only goes with --from-pairs")
     of_pools = ("scorer", "pool_size", "winner_rank", "min_gap", "keep", "category")
-    for name in of_pools if args.source in ("--from-pairs", "--from-images") else ():
+    for name in of_pools if args.mode in ("--from-pairs", "--from-images") else ():
         if getattr(args, name) != parser.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')}: {args.source} has no pools to choose from; leave it away")
+            raise UserError(f"--{name.replace('_', '-')}: {args.mode} has no pools to choose from; leave it away")
     if args.export_pickapic and args.images == "none" and not is_finished(Path(args.out)):
         raise UserError("--images none: --export-pickapic needs both pictures of a pair")
-    for name in ("lora", "preview_steps", "compile") if args.source != "--prompts" else ():
+    for name in ("lora", "preview_steps", "compile") if args.mode != "--prompts" else ():
         if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} goes with drawing; {args.source} draws nothing")
+            raise UserError(f"--{name.replace('_', '-')} goes with drawing; {args.mode} draws nothing")
     if args.preview_steps is not None:
         if not args.preview_steps < args.steps:
             raise UserError(f"--preview-steps {args.preview_steps}: must be fewer steps than --steps {args.steps}")
@@ -203,7 +203,7 @@ def open_source(args) -> tuple[Source, dict, str]:
         pipeline.merge_loras()
         inputs["lora"] = digest_all(files)
     if args.compile:
-        pipeline.unet.compile()
+        compile_unet(pipeline.unet)
     if args.from_pairs or args.from_images:
         listed = (read_pairs(Path(args.from_pairs), args.human_only) if args.from_pairs
                   else read_images(Path(args.from_images)))
@@ -244,7 +244,7 @@ def main() -> None:
     with locked(out, part, parts, f"{parts} jobs for {rows} rows"):
         with in_turn(out):
             damaged = damage(out, cli.progress) if args.repair and (out / "dataset.json").is_file() else {}
-            pending = begin_dataset(out, options, MAY_CHANGE, source, args.source, rows, part, parts, damaged)
+            pending = begin_dataset(out, options, MAY_CHANGE, source, args.mode, rows, part, parts, damaged)
         scored = (f"{args.pool_size} pictures each, scored by {options['scorer']}" if source.unet_rows
                   else "nothing to draw")
         print(f"{rows} rows to {out}, {scored}{where}, job {part + 1} of {parts}")

@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from dataset.concepts import check_subjects, subjects
-from dataset.folder import in_turn, locked, open_manifest, write_manifest
+from dataset.folder import clear_unfinished, in_turn, locked, open_manifest, write_manifest
 from dataset.images import open_picture
 from dataset.preferences import digest_of_source, read_pairs
 from evaluation.fid import fid
@@ -62,6 +62,7 @@ from evaluation.sides import (
 from evaluation.statistics import HSV, percent_and_interval, rgb_levels, summary, win_rate
 from model.builtin import BUILT_IN, default_scorers
 from model.checkpoint import Pipeline, load_pipeline
+from model.compiled import compile_unet
 from model.errors import UserError
 from model.files import digest_of, read_json, read_text, write_text
 from model.scorers import has_image_tower
@@ -211,7 +212,7 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
     def load(model: str) -> Pipeline:
         pipeline = load_pipeline(model, device, dtype, args.vae, args.prediction_type)
         if args.compile:
-            pipeline.unet.compile()
+            compile_unet(pipeline.unet)
         return pipeline
 
     sides = make_sides(args)
@@ -245,6 +246,8 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
     with locked(out, part, parts, f"{parts} jobs"):
         with in_turn(out):
             begin_evaluation(out, options, {"prompts": digest_of(rows)} | seen, sides, digests, rows)
+        if parts == 1:
+            clear_unfinished(out)
         print(
             f"{len(rows)} pictures of {drawing.width}x{drawing.height} a side to {out}, on {device} in "
             f"{options['dtype']}, job {part + 1} of {parts}: " + "; ".join(f"{side.name} is {side}" for side in sides))
@@ -327,6 +330,8 @@ def preference_accuracy(
             inputs = {"preference_accuracy": digest_of_source(pairs)}
             begin_evaluation(
                 out, noted_options(args, drawing, dtype), inputs, list(policies.values()), digests, [])
+        if parts == 1:
+            clear_unfinished(out)
         print(f"{len(pairs)} preferences to {out}, judged by {', '.join(judges)}, job {part + 1} of {parts}")
         chunks = chunked(rows, args.batch_size)[part::parts]
         left_out, unreadable = measure(out, names, chunks, picture, judges, f"{part}-of-{parts}", cli.progress)

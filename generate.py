@@ -38,6 +38,7 @@ from dataset.images import open_picture
 from dataset.sources import score_pool
 from model.builtin import BUILT_IN, default_scorer, named
 from model.checkpoint import Pipeline, load_pipeline
+from model.compiled import compile_unet
 from model.concept import load_concept
 from model.errors import UserError
 from model.files import digest_all, digest_of, files_read, parse_object, read_tensors, write_tensors, write_text
@@ -238,7 +239,7 @@ def main() -> None:
     if not args.lan:
         pipeline.merge_loras()
     if args.compile:
-        pipeline.unet.compile()
+        compile_unet(pipeline.unet)
     drawing = Drawing.of(vars(args)).for_model(pipeline)
     if args.model in BUILT_IN:
         hint_at_vocabulary(args.prompt, named(BUILT_IN[args.model].vocabulary)())

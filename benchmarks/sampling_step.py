@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.cost import tflop  # noqa: E402
 from benchmarks.results.page import markdown  # noqa: E402
 from benchmarks.shared import machine, matrix_rate, options, ratios, timed  # noqa: E402
+from model.compiled import compile_unet  # noqa: E402
 from model.ldm import SD15  # noqa: E402
 from model.unet import UNet  # noqa: E402
 from sampling import guided_eps  # noqa: E402
@@ -37,7 +38,7 @@ def build(side: str, weights: dict[str, torch.Tensor]) -> nn.Module:
     unet.load_state_dict(weights, assign=True)
     unet.eval()
     if side.endswith("compiled"):
-        unet.compile()
+        compile_unet(unet)
     if side.endswith("channels_last"):
         unet.to(memory_format=torch.channels_last)
     return torch.compile(unet, mode="reduce-overhead") if side.endswith("graphs") else unet

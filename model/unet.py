@@ -251,11 +251,6 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, c, eps=1e-5)
         self.conv_out = nn.Conv2d(c, out_channels, 3, padding=1)
 
-    def compile(self) -> None:
-        """Each size is compiled when it comes, and a few do. On a CPU the number of threads is left to the run: a
-        kernel that was compiled for two and comes from the cache to a process with one would write past its memory."""
-        super().compile(dynamic=False, options={"cpp.dynamic_threads": True})
-
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """x_t (B, 4, H, W), t (B,) in 0..999, context (B, M, 768) -> eps (B, 4, H, W). Any H and W."""
         temb = self.time_embedding(timestep_embedding(t, self.conv_in.out_channels).to(x_t.dtype))

@@ -463,13 +463,13 @@ def test_compiled_it_draws_the_same(tiny, run, monkeypatch, tmp_path):
     graphs = []
 
     def compile(unet) -> None:
-        torch.nn.Module.compile(unet, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+        unet.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
 
     unet = load_pipeline(tiny).unet
     for parameter in inject_lora(unet, 2, 2.0):
         parameter.data.normal_(std=0.1)
     save_lora(tmp_path / "lora.safetensors", unet)
-    monkeypatch.setattr(generate.load_pipeline.__globals__["UNet"], "compile", compile)
+    monkeypatch.setattr(generate, "compile_unet", compile)
     options = ("--prompt", "a", "--steps", 2, "--lora", tmp_path / "lora.safetensors", "--lan", "--save-latents")
     plain, _, _ = run(*options)
     assert not graphs

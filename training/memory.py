@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from model.compiled import compile_unet
 from model.errors import UserError
 from model.lora import lora_by_tensor, lora_layers
 from model.unet import GEGLU, ResBlock, Upsample
@@ -28,7 +29,7 @@ def save_memory(unet: nn.Module, gradient_checkpointing: bool, compile: bool) ->
     if compile:
         if lora_layers(unet):
             lora_by_tensor(unet)
-        unet.compile()
+        compile_unet(unet)
         return
     for module in unet.modules():
         if isinstance(module, ResBlock):

@@ -82,11 +82,16 @@ def resume(
         if rank == 0 and (log_file.is_file() or log_file.name in digests):
             # A killed run has logged steps past its checkpoint; they come again.
             lines = [line for line in read_lines(log_file, cut=True, step=int) if line["step"] <= step]
-            if digests.get(log_file.name, digest_of(lines)) != digest_of(lines):
+            if digests.get(log_file.name) not in (None, digest_of_log(lines)):
                 raise UserError(f"{log_file}: its lines are not those of the checkpoint beside it; put the right file "
                                 f"back, or remove {state_file.parent} to begin again")
             write_text(log_file, "".join(json.dumps(line) + "\n" for line in lines))
     return step
+
+
+def digest_of_log(lines: list[dict]) -> str:
+    """Of all but the seconds, which no two runs have in common."""
+    return digest_of([line | {"seconds": 0} for line in lines])
 
 
 def log_lines(steps: list[tuple[int, float, dict[str, Tensor]]], seconds: float) -> list[dict]:
@@ -141,7 +146,7 @@ def save_checkpoint(
                + "".join(f"| {key} | {value:.6g} |\n" for key, value in figures.items()))
     write_pickle(out / "checkpoint" / "state.pt", {
         "run": run, "step": step, "parameters": [p.detach().cpu() for p in parameters],
-        "logs": {name: digest_of(read_lines(out / name)) for name in LOGS if (out / name).is_file()},
+        "logs": {name: digest_of_log(read_lines(out / name)) for name in LOGS if (out / name).is_file()},
         "optimizer": optimizer.state_dict(), **({"average": [mean.cpu() for mean in average]} if average else {})})
 
 
