@@ -331,7 +331,7 @@ def run(main: Callable[[], None]) -> None:
             setattr(sys, name, open(os.devnull, "w"))
     with contextlib.suppress(AttributeError):    # a file's name may be no UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {plain(message)}", file=sys.stderr)
     try:
         if rank_and_world()[0] > 0:              # rank 0 alone prints
             devnull = open(os.devnull, "w")
@@ -339,21 +339,21 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(_say(str(error), 2))
+        sys.exit(say(str(error)))
     except KeyboardInterrupt:
-        sys.exit(_say("stopped; what was finished is saved", 130))
+        sys.exit(say("stopped; what was finished is saved", 130))
     except BrokenPipeError:                      # whoever read our output has gone
         sys.stdout = open(os.devnull, "w")
-        sys.exit(_say("nobody reads the output any more; what was finished is saved", 2))
+        sys.exit(say("nobody reads the output any more; what was finished is saved"))
     except OSError as error:                     # a disk that is full, a folder that may not be written
-        sys.exit(_say(f"{error.filename or 'file'}: {error.strerror or error}", 2))
+        sys.exit(say(f"{error.filename or 'file'}: {error.strerror or error}"))
     except (MemoryError, RuntimeError) as error:
         if re.search("Connection (closed|reset) by peer", str(error)):       # as gloo says it
-            sys.exit(_say("another process of this run has ended; what was finished is saved", 2))
+            sys.exit(say("another process of this run has ended; what was finished is saved"))
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         less = "a smaller --batch-size, --dtype bfloat16, or (train.py) --gradient-checkpointing takes less"
-        sys.exit(_say(f"out of memory ({str(error).splitlines()[0][:120] if str(error) else 'host'}); {less}", 2))
+        sys.exit(say(f"out of memory ({str(error).splitlines()[0][:120] if str(error) else 'host'}); {less}"))
 
 
 def print_from_any_rank() -> contextlib.AbstractContextManager:
@@ -370,13 +370,18 @@ def refuse_float16(dtype: str) -> None:
 def refuse(problems: list[str], summary: str) -> None:
     """Where there are problems, the first 20 are printed, and the UserError is their summary."""
     for problem in problems[:20]:
-        _say(problem, 2)
+        say(problem)
     if problems:
         raise UserError(summary)
 
 
-def _say(message: str, code: int) -> int:
+def say(message: str, code: int = 2) -> int:
+    """A line on stderr, where what is said may hold names and texts of strangers' files. -> the code to end with."""
     with contextlib.suppress(OSError):
-        line = CONTROLS.sub(" ", " ".join(message.splitlines()))
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {plain(message)}", file=sys.stderr)
     return code
+
+
+def plain(message: object) -> str:
+    """In one line, without what would command a terminal."""
+    return CONTROLS.sub(" ", " ".join(str(message).splitlines()))

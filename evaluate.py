@@ -230,7 +230,7 @@ def compare(args, out: Path, device: torch.device, dtype: torch.dtype, part: int
     options = noted_options(args, drawing, dtype)
     unlike = unlike_settings(sides, drawing, rows)
     for difference in unlike:
-        print(f"not drawn alike: {difference}; this is judged, too", file=sys.stderr)
+        print(cli.plain(f"not drawn alike: {difference}; this is judged, too"), file=sys.stderr)
     names = [side.name for side in sides]
     folders = {side.name: side.folder(out) for side in sides}
     judges = {"colours": lambda: judge_colours}
@@ -360,7 +360,7 @@ def main() -> None:
     run = preference_accuracy if args.preference_accuracy else compare
     if problems := run(args, Path(args.out), device, dtype, part, parts):
         for problem in problems:
-            print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
+            cli.say(problem)
         sys.exit(2)
 
 

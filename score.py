@@ -34,10 +34,10 @@ def list_pictures(folder: Path, prompts: str | None, promptless: bool = False) -
     files = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name != "sheet.png")
     listing = Path(prompts) if prompts else folder / "images.jsonl"
     if listing.is_file() and (prompts is None or listing.suffix == ".jsonl" and '"file"' in read_text(listing)):
-        listed = read_captions(listing)
+        listed = read_captions(listing, [folder])
         unlisted = sorted(set(files) - {row["file"] for row in listed})
         if unlisted:
-            print(f"not in {listing}, and not scored: {len(unlisted)} pictures ({unlisted[0]}, ...)")
+            print(f"not in {listing}, and not scored: {len(unlisted)} pictures ({unlisted[0]!r}, ...)")
         return listed
     if not files:
         raise UserError(f"{folder}: no pictures here ({', '.join(SUFFIXES)})")
@@ -119,7 +119,7 @@ def main() -> None:
         if values:
             print(f"{name}: mean {sum(values) / len(values):.4f} of {len(values)} pictures")
     for problem in [*bad.values(), *problems]:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(problem.splitlines())}", file=sys.stderr)
+        cli.say(problem)
     if bad or problems:
         sys.exit(2)
 

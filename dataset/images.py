@@ -2,7 +2,9 @@
 
 import io
 import math
+import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
 
@@ -83,13 +85,23 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def read_listing(path: Path, **more: type) -> list[dict]:
+def lies_in(folder: Path, name: str) -> bool:
+    """Whether the name that a list has for a file leads to a place in the folder, its links followed."""
+    root = os.path.realpath(folder)
+    try:
+        path = os.path.realpath(os.path.join(root, name))
+        return not os.path.isabs(name) and os.path.commonpath((root, path)) == root
+    except ValueError:                           # with a zero byte or half an emoji: no file has such a name
+        return True
+
+
+def read_listing(path: Path, folders: Sequence[Path] = (), **more: type) -> list[dict]:
     """The lines of an images.jsonl, one a picture: `file`, `prompt`, and what else is asked for, each of its type; what
-    may be None is left out where it is not there."""
+    may be None is left out where it is not there. `folders` are those with such files (default: the list's own)."""
     rows = read_lines(path, file=str, prompt=str, **more)
     for row in rows:
-        if Path(row["file"]).is_absolute() or ".." in Path(row["file"]).parts:
-            raise UserError(f"{path}: {row['file']!r:.200} lies outside the folder")
+        if ".." in Path(row["file"]).parts or not all(lies_in(one, row["file"]) for one in folders or [path.parent]):
+            raise UserError(f"{path}: {row['file']!r:.200} lies outside the folder, or is a link to there")
         people = row.get("concept_images") or []
         if "concept_images" in more and not all(isinstance(name, str) for name in people):
             raise UserError(f"{path}: concept_images is {people!r:.60}; a list of pictures was expected")
@@ -99,10 +111,10 @@ def read_listing(path: Path, **more: type) -> list[dict]:
             | {"prompt": row["prompt"].encode(errors="replace").decode()} for row in rows]      # half an emoji: ?
 
 
-def read_captions(path: Path) -> list[dict]:
+def read_captions(path: Path, folders: Sequence[Path] = ()) -> list[dict]:
     """{file, prompt} as scorers and people read them: where a picture was drawn of a person, so that its prompt has a
     concept's placeholder in it, its caption is its prompt."""
-    rows = read_listing(path, concept_images=(list, NoneType), caption=(str, NoneType))
+    rows = read_listing(path, folders, concept_images=(list, NoneType), caption=(str, NoneType))
     return [{"file": row["file"], "prompt": row["caption" if {"concept_images", "caption"} <= row.keys() else "prompt"]}
             for row in rows]
 

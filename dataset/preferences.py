@@ -31,7 +31,7 @@ from PIL import Image
 from model.errors import UserError
 from model.files import atomic_write, digest_of, parse_object, read_lines, read_text
 
-from .images import open_picture
+from .images import lies_in, open_picture
 from .reader import read_manifest, read_shard_lines
 from .rows import picture_path
 
@@ -167,16 +167,11 @@ def digest_of_source(pairs: Iterable[Preference]) -> str:
 def find_picture(folder: Path, name: str, where: str) -> Path:
     """The file that a list in `folder` means. HPD-v2's pictures lie in train/ and test/ below the list, ImageRewardDB's
     also right beside it."""
-    root = os.path.realpath(folder)
     for inside in (name, f"train/{name}", f"test/{name}", os.path.basename(name)):
-        try:
-            path = "/" if os.path.isabs(name) else os.path.realpath(os.path.join(root, inside))
-        except ValueError:                     # a name that no file can have, with a zero byte or half an emoji
-            break
-        if os.path.commonpath((root, path)) != root:
+        if not lies_in(folder, inside):
             raise UserError(f"{where}: {name!r:.200} leads out of {folder}")
-        if os.path.isfile(path):
-            return Path(path)
+        if os.path.isfile(path := os.path.join(folder, inside)):
+            return Path(os.path.realpath(path))
     raise UserError(f"{where}: {name!r:.200} is not in {folder}")
 
 

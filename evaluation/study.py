@@ -82,7 +82,7 @@ def read_study(folder: Path, names: list[str] | None) -> Study:
                         f"{', '.join(models)}")
     folders = [Side(name, models[name]).folder(folder) for name in names]
     pairs, sizes, digest = [], set(), hashlib.sha256(repr(names).encode())
-    for row in read_captions(folder / f"scores-{names[0]}.jsonl"):
+    for row in read_captions(folder / f"scores-{names[0]}.jsonl", folders):
         file, prompt = row["file"], row["prompt"]
         paths = [one / file for one in folders]
         sizes.update(open_picture(path).size for path in paths)
@@ -181,7 +181,7 @@ def make_app(study: Study, path: Path, trusted: list[str] | None = None):
 
     @app.errorhandler(UserError)
     def failed(error):
-        print(f"study.py: {error}", file=sys.stderr)                 # it names files: nothing for participants
+        print(f"study.py: {CONTROLS.sub(' ', str(error))}", file=sys.stderr)     # it names files: not for participants
         return "This cannot be shown now. Please tell whoever asked you.", 500
 
     @app.get("/")

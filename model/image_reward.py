@@ -19,6 +19,7 @@ from .hub import find_file
 from .open_clip import read_weights
 from .preprocess import NetworkScorer, openai_pixels, openai_preprocess
 from .reward_head import RewardHead
+from .saved_tokenizer import read_saved
 
 WEIGHTS, WORDS = "THUDM/ImageReward", "google-bert/bert-base-uncased"            # on the Hub
 MEAN, STD = 0.16717362830052426, 1.0333394966054072            # of the raw scores on the authors' test set
@@ -34,14 +35,12 @@ class WordPiece:
         """From vocab.txt or tokenizer.json."""
         was_read(path)
         try:
-            if path.suffix == ".json":
-                core = tokenizers.Tokenizer.from_file(str(path))
-                core.no_truncation()           # a saved file can carry both; here `encode` does them
-                core.no_padding()
-            else:
-                core = tokenizers.Tokenizer(models.WordPiece.from_file(str(path), unk_token="[UNK]"))
-                core.normalizer = normalizers.BertNormalizer(lowercase=True)
-                core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+            saved = path.suffix == ".json"
+            words = models.WordPiece() if saved else models.WordPiece.from_file(str(path), unk_token="[UNK]")
+            core = tokenizers.Tokenizer(words)
+            core.normalizer = normalizers.BertNormalizer(lowercase=True)
+            core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+            core = read_saved(path.read_bytes(), str(path), [core]) if saved else core
         except Exception as error:             # the library raises bare Exception on bad content
             reason = str(error).partition("\n")[0]
             raise UserError(f"{path}: cannot be read as BERT's words ({reason}); download it again") from None

@@ -14,10 +14,12 @@ import torch
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 
 from .errors import UserError
-from .files import is_a, parse_object, was_read, write_bytes
+from .files import is_a, was_read, write_bytes
+from .saved_tokenizer import read_saved
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+WITH_SPECIAL = rf"<\|startoftext\|>|<\|endoftext\|>|{WORDS}"                 # as newer files have it
 
 
 def byte_characters() -> list[str]:
@@ -37,14 +39,16 @@ def parse_merges(text: str) -> list[tuple[str, str]]:
     return [tuple(line.split()) for line in text.splitlines() if line and not line.startswith("#version")]
 
 
-def build(vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = EOS) -> tokenizers.Tokenizer:
+def build(
+    vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = EOS, words: str = WITH_SPECIAL,
+) -> tokenizers.Tokenizer:
     core = tokenizers.Tokenizer(models.BPE(
         vocab=vocab, merges=merges, unk_token=EOS, continuing_subword_prefix="", end_of_word_suffix="</w>",
         fuse_unk=False))
     core.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+        [pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
          pre_tokenizers.ByteLevel(add_prefix_space=False)])
     core.add_special_tokens([token for token in (BOS, EOS, pad) if token in vocab])      # kept whole in a prompt too
     return core
@@ -105,13 +109,8 @@ class Tokenizer:
                     raise UserError(f"{folder}: merges.txt has {len(merges)} merges of 48894; download it again")
                 core = build(vocab, merges, pad)
             elif "tokenizer.json" in files:
-                where = f"{folder / 'tokenizer.json'}"
-                model = parse_object(files["tokenizer.json"].decode(), where, {"model": dict})["model"]
-                if model.get("continuing_subword_prefix"):           # on some of these the library ends the process
-                    raise UserError(f"{where}: has a continuing_subword_prefix, and CLIP's has none")
-                core = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-                core.no_truncation()       # a saved file can carry both; here `encode` does them
-                core.no_padding()
+                known = [build({}, [], words=words) for words in (WORDS, WITH_SPECIAL)]
+                core = read_saved(files["tokenizer.json"], f"{folder / 'tokenizer.json'}", known)
             else:
                 raise UserError(f"{folder}: no tokenizer here; expected vocab.json with merges.txt, or tokenizer.json")
             return cls(core, files, max_length, pad)

@@ -66,6 +66,7 @@ def ended(main: str, *, shell: str = "", **options) -> subprocess.CompletedProce
     ("print('x' * 10**6)\nprint('y')", "| head -c 1; true", 0, "nobody reads the output any more"),
     ("for i in cli.progress(range(3), 3, 'x'): print(i)", "2>&-", 0, ""),
     ("for i in cli.progress(range(3), 3, 'x'): pass\nraise cli.UserError('a')", "2>&-", 2, ""),
+    ("import warnings; warnings.warn('a\\x1b[2J\\nb')", "", 0, "warning: a [2J b\n"),
     ("print(1)", ">&-", 0, "")])
 def test_a_program_ends_in_one_line_whatever_happens(main, shell, code, words):
     done = ended(main, shell=shell)

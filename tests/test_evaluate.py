@@ -463,6 +463,9 @@ def test_folders_of_pictures_and_what_is_wrong_with_them(run, tmp_path, red):
                         ({"seed": 0, "concept_images": [5]}, "concept_images is [5]; a list of pictures")):
         (outside / "images.jsonl").write_text(json.dumps({"file": "00000.png", "prompt": "a", **more}) + "\n")
         assert words in refused(outside)
+    (outside / "01.png").symlink_to(tmp_path / "few" / "00001.png")
+    (outside / "images.jsonl").write_text('{"file": "01.png", "prompt": "a", "seed": 0}\n')
+    assert "'01.png' lies outside the folder, or is a link to there" in refused(outside)
     (outside / "inner").mkdir()                # a study would copy pictures of one name over each other
     (outside / "00000.png").rename(outside / "inner" / "00000.png")
     (outside / "images.jsonl").write_text('{"file": "inner/00000.png", "prompt": "a", "seed": 0}\n')

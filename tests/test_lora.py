@@ -578,7 +578,12 @@ REFUSED = {
         r"3 of 6 tensors belong to no layer.*lora_unet_transformer_blocks_0_to_q"),
     "another model's widths": (
         kohya(TO_Q, torch.ones(2, 320), torch.ones(320, 2)),
-        rf"{TO_Q} is 32 -> 32 here, and the LoRA's is 320 -> 320.*another model"),
+        rf"{TO_Q} is 32 -> 32 here, and the LoRA's pair is \(2, 320\) and \(320, 2\).*another model"),
+    "up the other way round": (
+        kohya(TO_Q, torch.ones(2, 32), torch.ones(2, 32)), rf"{TO_Q} is 32 -> 32 here, .* \(2, 32\) and \(2, 32\)"),
+    "kohya's name and peft's": (
+        one_pair() | peft(TO_Q, torch.ones(2, 32), torch.ones(32, 2)),
+        f"{TO_Q} is in it twice, the second time as unet.{TO_Q}.lora_[AB]"),
     "NaN": (one_pair() | {f"{STEM}.lora_up.weight": NAN}, f"NaN or infinite values at {TO_Q}"),
     "alpha is infinite": (one_pair(alpha=torch.tensor(float("inf"))), f"NaN or infinite values at {TO_Q}"),
     "no up": ({k: x for k, x in one_pair().items() if "up" not in k}, f"half of the pair for {TO_Q} is missing"),
@@ -586,8 +591,8 @@ REFUSED = {
     "alpha is NaN": (one_pair(alpha=torch.tensor(float("nan"))), f"NaN or infinite values at {TO_Q}"),
     "quantised": (one_pair() | {f"{STEM}.lora_up.weight": torch.ones(32, 2, dtype=torch.int8)}, "of torch.int8, not a"),
     "complex": (one_pair() | {f"{STEM}.lora_up.weight": torch.ones(32, 2) * 1j}, "of torch.complex64"),
-    "rank 0": (kohya(TO_Q, torch.ones(0, 32), torch.ones(32, 0)), "LoRA's is of rank 0"),
-    "no matrices": (kohya(TO_Q, torch.ones(()), torch.ones(())), "LoRA's is of rank 0"),
+    "rank 0": (kohya(TO_Q, torch.ones(0, 32), torch.ones(32, 0)), "LoRA's pair is of rank 0"),
+    "no matrices": (kohya(TO_Q, torch.ones(()), torch.ones(())), "LoRA's pair is of rank 0"),
     "alpha alone": ({k: x for k, x in one_pair().items() if "alpha" in k}, f"half of the pair for {TO_Q} is missing"),
     "empty": ({}, "not a LoRA")}
 

@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -413,6 +414,15 @@ def test_word_pieces_are_transformers_bert_tokens(reward_folder, tmp_path, form)
     assert ids[5].tolist()[:6] == [2, 3, 5, 39, 6, 38] and mask[8].all() and ids[8, -1] == 3
 
 
+def test_word_pieces_that_are_cut_by_other_rules_are_refused(reward_folder, tmp_path):
+    """A stranger's regular expression may never end."""
+    core = WordPiece(reward_folder / "vocab.txt").core
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+b"), "removed")
+    core.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="cannot be read as BERT's words .it cuts texts up in another way"):
+        WordPiece(tmp_path / "tokenizer.json")
+
+
 def test_image_reward_end_to_end(reward_folder, reward_state, blip_oracles, tmp_path):
     scorer = load_image_reward(str(reward_folder), "cpu", torch.float32, small_network)
     pixels = torch.stack([openai_preprocess(image, 32) for image in IMAGES]).double()
@@ -755,6 +765,22 @@ def test_score_program_refuses_a_bad_listing(run, folder):
         assert not rows and len(stderr.splitlines()) == 1 and words in stderr
     (folder / "images.jsonl").write_bytes(b"\xef\xbb\xbf" + good.replace(b"x", b"half \\ud83d"))
     assert score.list_pictures(folder, None) == [{"file": "00000.png", "prompt": "half ?"}]
+    (folder / "00000.png").rename(folder.parent / "secret.png")
+    (folder / "00000.png").symlink_to(folder.parent / "secret.png")
+    (folder.parent / "list.jsonl").write_bytes(good)                 # the pictures lie elsewhere than their list
+    for more in ((), ("--prompts", folder.parent / "list.jsonl")):
+        rows, _, stderr = run(*more, code=2)
+        assert not rows and "l: '00000.png' lies outside the folder, or is a link to there" in stderr
+
+
+def test_names_of_strangers_do_not_command_the_terminal(run, folder, own):
+    (folder / "00000.png").rename(folder / "\x1b[2J.png")
+    _, stdout, stderr = run("--scorers", f"{own}:Brightness", code=2)
+    assert r"1 pictures ('\x1b[2J.png', ...)" in stdout and "\x1b" not in stdout
+    with open(folder / "images.jsonl", "a") as file:
+        file.write('{"file": "\\u001b[1J.png", "prompt": "x"}\n')
+    _, _, stderr = run("--scorers", f"{own}:Brightness", code=2)
+    assert " [1J.png: no such picture" in stderr and "\x1b" not in stderr
 
 
 def test_score_program_refuses_bad_options(run, tmp_path):

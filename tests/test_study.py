@@ -465,6 +465,11 @@ def test_damaged_files_are_refused_in_a_line(begun, evaluation, program, tmp_pat
         file.write_bytes(content)
         refused(words, tmp_path / "new.db", "--eval", folder)
         file.write_bytes(whole[file])
+    link = folder / "images" / "baseline" / "00003.png"              # an export would copy what it leads to
+    link.rename(tmp_path / "secret.png")
+    link.symlink_to(tmp_path / "secret.png")
+    refused("'00003.png' lies outside the folder, or is a link to there", tmp_path / "new.db", "--eval", folder)
+    (tmp_path / "secret.png").replace(link)
     report.write_bytes(b"\xef\xbb\xbf" + whole[report])             # a byte order mark does no harm
     open_study(tmp_path / "marked.db", folder)
 

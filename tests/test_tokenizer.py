@@ -14,7 +14,7 @@ from transformers import CLIPTokenizerFast
 
 from model.checkpoint import check_tokenizer
 from model.errors import UserError
-from model.tokenizer import Tokenizer
+from model.tokenizer import WORDS, Tokenizer
 
 # What trips tokenizers: contractions, digits, accents composed and not, letters that grow or shrink in lower case,
 # joined emoji, scripts without spaces, the special tokens as a person may type them (in capitals they are not special).
@@ -158,6 +158,24 @@ def test_a_folder_with_tokenizer_json_only(clip, oracle, tmp_path):
     tokenizer = Tokenizer.from_folder(tmp_path / "new")
     assert torch.equal(tokenizer.encode(strings), clip.encode(strings))
     assert [tokenizer.token_ids(text) for text in strings] == [clip.token_ids(text) for text in strings]
+
+
+@pytest.mark.parametrize("change, taken", [
+    # As older files have it: the special tokens not in the pattern, and no word of `use_regex`.
+    (lambda steps: steps[3].update(pattern={"Regex": WORDS}), True), (lambda steps: steps[4].pop("use_regex"), True),
+    (lambda steps: steps[3].update(pattern={"Regex": "(a+)+b"}), False),
+    (lambda steps: steps[1].update(pattern={"String": "a"}, content="a" * 10**6), False),
+    (lambda steps: steps[2].update(type="NFKC"), False)], ids=("words", "no use_regex", "slow", "long", "other"))
+def test_a_tokenizer_json_cuts_texts_as_clip_or_is_refused(clip, tmp_path, change, taken):
+    """A stranger's regular expression may never end, and replacements may make a gigabyte of a word."""
+    told = json.loads(clip.core.to_str())
+    change([*told["normalizer"]["normalizers"], *told["pre_tokenizer"]["pretokenizers"]])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+    if taken:
+        assert torch.equal(Tokenizer.from_folder(tmp_path).encode(PIECES), clip.encode(PIECES))
+    else:
+        with pytest.raises(UserError, match="cannot be read .it cuts texts up in another way"):
+            Tokenizer.from_folder(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["both", "special_tokens_map.json", "tokenizer_config.json", "neither"])

@@ -17,7 +17,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import train
 from dataset.folder import locked
@@ -27,10 +27,12 @@ from losses import lambda_for
 from losses.table import Loss, Option
 from model.checkpoint import load_pipeline
 from model.errors import UserError
+from model.files import write_pickle
 from model.lora import ATTENTION_LINEARS, inject_lora, load_lora, save_lora
 from model.unet import MidBlock, UNet
 from training.memory import save_memory
 from training.order import epoch_order, row_at
+from training.run import resume
 
 ROOT = Path(__file__).parent.parent
 ROWS = 12
@@ -546,14 +548,55 @@ def test_damaged_files_are_one_line(options, program, data, tmp_path, capsys):
     for content in (b"{}", b"[]", b'{"format": 1}', lambda old: old[:-20]):
         assert "config.json" in damaged(out, "config.json", content)
     assert "log.jsonl, line 1" in damaged(out, "log.jsonl", b"<html>\n")
-    for content in (b"", lambda old: old.replace(b'"loss": 0.', b'"loss": 1.')):
+    for content in (b"", lambda old: old.replace(b'"loss": 0.', b'"loss": 1.'),
+                    lambda old: old.replace(b'"loss"', b'"lass"')):
         assert "log.jsonl: its lines are not those of the checkpoint" in damaged(out, "log.jsonl", content)
+    assert "log.jsonl: the line of step 1 is damaged" in damaged(
+        out, "log.jsonl", lambda old: old.replace(b'"loss": ', b'"loss": null, "a": '))
     assert "log.jsonl: not there" in damaged(out, "log.jsonl", None)
     other = tmp_path / "other"
     assert program(train, *options, "--out", other, "--steps", 1, "--seed", 5) == 0
     assert "not this run's checkpoint (of another run)" in damaged(
         out, "checkpoint/state.pt", (other / "checkpoint" / "state.pt").read_bytes())
     assert program(train, *options, "--out", out, "--steps", 2) == 0
+
+
+def test_what_a_checkpoint_says_of_the_optimizer(tmp_path, monkeypatch):
+    """Moments of other parameters are refused; its settings are not the file's to say. So with every torch: the pickle
+    is the program's own."""
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.6.0+cpu"))
+
+    def trained(steps: int, start: Tensor) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+        parameter = nn.Parameter(start.clone())
+        optimizer = torch.optim.AdamW([parameter], lr=0.1)
+        for _ in range(steps):
+            parameter.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return parameter, optimizer
+
+    def resumed(state: dict) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+        write_pickle(tmp_path / "checkpoint" / "state.pt", state)
+        parameter, optimizer = trained(0, torch.zeros(2, 3))
+        assert resume(tmp_path, "a", [parameter], [], optimizer, rank=0) == 1
+        return parameter, optimizer
+
+    one, optimizer = trained(1, torch.ones(2, 3))
+    kept, groups = (optimizer.state_dict()[key] for key in ("state", "param_groups"))
+    state = {"run": "a", "step": 1, "parameters": [one.detach()], "optimizer": {
+        "state": kept, "param_groups": [groups[0] | {"betas": ["x"], "weight_decay": 1e30}]}}
+    again, optimizer = resumed(state)
+    again.square().sum().backward()
+    optimizer.step()
+    assert torch.equal(again, trained(2, torch.ones(2, 3))[0])
+    for moments in ({0: kept[0] | {"exp_avg": torch.zeros(3, 2)}}, {0: kept[0] | {"exp_avg_sq": None}},
+                    {0: kept[0] | {"exp_avg": kept[0]["exp_avg"].to_sparse()}}, {0: kept[0] | {"step": torch.ones(2)}},
+                    {0: kept[0] | {"step": "7"}},
+                    {0: kept[0] | {"step": torch.ones(1).to_sparse()}},
+                    {0: {"step": torch.ones(()), "x": kept[0]["exp_avg"]}},
+                    {"0": kept[0]}, {1: kept[0]}, {0: 7}, [kept[0]], None):
+        with pytest.raises(UserError, match="not this run's checkpoint .*; put the right one back, or remove"):
+            resumed(state | {"optimizer": {"state": moments, "param_groups": groups}})
 
 
 @pytest.mark.parametrize("change, words", [

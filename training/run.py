@@ -71,7 +71,11 @@ def resume(
                 raise ValueError("of another run")
             if not is_a(step, int) or step < 1:
                 raise ValueError(f"step {step!r}")
-            optimizer.load_state_dict(state["optimizer"])
+            moments = state["optimizer"]["state"]
+            if not all(fits(kept, parameters[i], optimizer) for i, kept in moments.items()):
+                raise ValueError("the optimizer's moments are of other parameters")
+            # Its settings are the run's, which are the same; a file's own could be anything.
+            optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         except Exception as error:             # zip, pickle, key and runtime errors alike mean a bad file
             reason = " ".join(f"{error}".split())[:80]
             raise UserError(f"{state_file}: not this run's checkpoint ({reason}); put the right one back, or remove "
@@ -81,7 +85,7 @@ def resume(
     for log_file in (out / name for name in LOGS):
         if rank == 0 and (log_file.is_file() or log_file.name in digests):
             # A killed run has logged steps past its checkpoint; they come again.
-            lines = [line for line in read_lines(log_file, cut=True, step=int) if line["step"] <= step]
+            lines = [line for line in read_log(log_file, cut=True) if line["step"] <= step]
             if digests.get(log_file.name) not in (None, digest_of_log(lines)):
                 raise UserError(f"{log_file}: its lines are not those of the checkpoint beside it; put the right file "
                                 f"back, or remove {state_file.parent} to begin again")
@@ -92,6 +96,23 @@ def resume(
 def digest_of_log(lines: list[dict]) -> str:
     """Of all but the seconds, which no two runs have in common."""
     return digest_of([line | {"seconds": 0} for line in lines])
+
+
+def fits(kept: dict, parameter: nn.Parameter, optimizer) -> bool:
+    """Whether this is what the optimizer keeps of a parameter: two moments of its shape, and the steps that they are
+    of. KeyError where one is not there."""
+    names = ("exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ("state1", "state2")    # 8 bits
+    return all(is_plain(kept[name]) and kept[name].shape == parameter.shape for name in names) \
+        and is_plain(steps := torch.as_tensor(kept["step"])) and steps.numel() == 1
+
+
+def read_log(path: Path, cut: bool = False) -> list[dict]:
+    """Its lines, all with the same keys, each a number; `cut` as in `read_lines`."""
+    lines = read_lines(path, cut=cut, step=int)
+    for line in lines:
+        if line.keys() != lines[-1].keys() or not all(is_a(value, float) for value in line.values()):
+            raise UserError(f"{path}: the line of step {line['step']} is damaged; mend or remove it")
+    return lines
 
 
 def log_lines(steps: list[tuple[int, float, dict[str, Tensor]]], seconds: float) -> list[dict]:
@@ -136,7 +157,7 @@ def save_checkpoint(
 ) -> None:
     """Curves, the model card, which begins with `card`, and at last the checkpoint: what stands before it is written
     again after a kill."""
-    log = read_lines(out / "log.jsonl", step=int)
+    log = read_log(out / "log.jsonl")
     shown = [key for key in CURVES if key in log[-1]]
     write_png(out / "curves.png", curves({key: [line[key] for line in log] for key in shown}))
     last = log[-50:]
@@ -146,7 +167,7 @@ def save_checkpoint(
                + "".join(f"| {key} | {value:.6g} |\n" for key, value in figures.items()))
     write_pickle(out / "checkpoint" / "state.pt", {
         "run": run, "step": step, "parameters": [p.detach().cpu() for p in parameters],
-        "logs": {name: digest_of_log(read_lines(out / name)) for name in LOGS if (out / name).is_file()},
+        "logs": {name: digest_of_log(read_log(out / name)) for name in LOGS if (out / name).is_file()},
         "optimizer": optimizer.state_dict(), **({"average": [mean.cpu() for mean in average]} if average else {})})
 
 

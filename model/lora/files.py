@@ -123,7 +123,10 @@ def load_lora(
         if end and stem in places:
             if ENDS[end] != "alpha":
                 check_weight(tensor, key, path)
-            found.setdefault(places[stem], {})[ENDS[end]] = tensor.float()
+            parts = found.setdefault(places[stem], {})
+            if ENDS[end] in parts:             # as by kohya's name and by peft's
+                raise UserError(f"{path}: {places[stem][1]} is in it twice, the second time as {key}; get another copy")
+            parts[ENDS[end]] = tensor.float()
         elif tensor.any() and (text_encoder is not None or not OF_A_TEXT_ENCODER.match(key)):
             unexpected.append(key)
     if unexpected:
@@ -142,10 +145,11 @@ def load_lora(
         A, B = parts["A"], parts["B"]
         rank = len(A) if A.ndim else 0
         out, into = len(layer.weight), layer.weight[0].numel()
-        if not rank or A.numel() != rank * into or B.numel() != out * rank:
-            theirs = f"{A.numel() // rank} -> {B.numel() // rank}" if rank else "of rank 0"
+        if not rank or A.numel() != rank * into or B.numel() != out * rank or B.shape[:2] != (out, rank):
+            theirs = f"{tuple(A.shape)} and {tuple(B.shape)}" if rank else "of rank 0"
             raise UserError(
-                f"{path}: {layer_path} is {into} -> {out} here, and the LoRA's is {theirs}; it is for another model")
+                f"{path}: {layer_path} is {into} -> {out} here, and the LoRA's pair is {theirs}; it is for another "
+                "model, or damaged")
         A = A.view(rank, *layer.weight.shape[1:])              # 1x1 convolutions and linears are stored as either
         B = B.view(out, rank, *[1] * (layer.weight.ndim - 2))
         if not all(torch.isfinite(tensor).all() for tensor in parts.values()):
