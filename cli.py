@@ -324,8 +324,14 @@ def print_table(head: list[str], lines: list[list[str]]) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Calls main and ends as every program does: 0; 2 and one line on what a person can mend; 130 on Ctrl-C."""
+    stopped = []
+
+    def stop(*_) -> None:
+        stopped.append(True)
+        raise KeyboardInterrupt
+
     if signal.getsignal(signal.SIGINT) is _leave:            # else it is ignored, as by nohup and by & in a script
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, stop)
     for name in ("stdout", "stderr"):            # closed by the shell: >&-
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
@@ -336,7 +342,12 @@ def run(main: Callable[[], None]) -> None:
         if rank_and_world()[0] > 0:              # rank 0 alone prints
             devnull = open(os.devnull, "w")
             devnull.stdout, sys.stdout = sys.stdout, devnull
-        main()
+        try:
+            main()
+        except Exception:
+            if stopped:                          # some libraries make another error of it
+                raise KeyboardInterrupt from None
+            raise
         sys.stdout.flush()
     except UserError as error:
         sys.exit(say(str(error)))

@@ -57,6 +57,8 @@ def ended(main: str, *, shell: str = "", **options) -> subprocess.CompletedProce
 @pytest.mark.parametrize("main, shell, code, words", [
     ("raise cli.UserError('one\\nline')", "", 2, "-c: one line\n"),
     ("raise KeyboardInterrupt", "", 130, "-c: stopped; what was finished is saved\n"),
+    ("try: os.kill(os.getpid(), 2); sum(range(10**9))\nexcept BaseException: raise ValueError('of a library')", "", 130,
+     "-c: stopped; what was finished is saved\n"),
     ("raise MemoryError", "", 2, "-c: out of memory (host); a smaller --batch-size"),
     ("import torch; torch.empty(10**16)", "", 2, "-c: out of memory ("),
     ("open('/nowhere/at/all', 'w')", "", 2, "-c: /nowhere/at/all: No such file or directory\n"),
