@@ -33,7 +33,7 @@ from dataset.folder import in_turn, locked, write_manifest
 from dataset.pool import Pool
 from dataset.preferences import export_pickapic, load_pyarrow, read_images, read_pairs
 from dataset.reader import is_finished, read_manifest
-from dataset.rows import Row, make_rows, summarise
+from dataset.rows import Row, clear_parts, make_rows, summarise
 from dataset.sources import Source, begin_dataset, from_kept, from_pictures, rescored, score_pool
 from dataset.verify import damage
 from model.builtin import BUILT_IN, default_scorer
@@ -262,6 +262,7 @@ def main() -> None:
                     out / "dataset.json", options, source.inputs, finished=True, rows=rows,
                     rows_from=digest_of(source.names[:rows]), **source.model, unet_rows=drawn * source.unet_rows,
                     **summary)
+                clear_parts(out)
                 with cli.print_from_any_rank():
                     print(f"{out}: {summary['counts']}")
         if summary and args.export_pickapic:

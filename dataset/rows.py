@@ -9,6 +9,7 @@ A shard is joined once all of its rows are there, whichever jobs made them, and 
 are added, or those that failed are tried again, it is taken apart first: rows that are there stay as they are.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -223,10 +224,11 @@ def join_rows(out: Path, shard: int, numbers: range) -> bool:
                  for i, line in enumerate(lines)]
     else:
         joined.unlink(missing_ok=True)
-    digests_file(out, shard).unlink(missing_ok=True)           # of an earlier one that a kill left
-    write_text(pairs, "".join(json.dumps(line) + "\n" for line in lines))
-    files = [path for path in (pairs, joined, left_out) if path.is_file()]
-    write_text(digests_file(out, shard), json.dumps({path.name: digest(path) for path in files}))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    digests = {path.name: digest(path) for path in (joined, left_out) if path.is_file()}
+    digests[pairs.name] = hashlib.sha256(text.encode()).hexdigest()
+    write_text(digests_file(out, shard), json.dumps(digests))  # before `pairs`: what is joined has them
+    write_text(pairs, text)
     for number in numbers:
         for path in row_files(out, number):
             path.unlink(missing_ok=True)
@@ -259,8 +261,8 @@ def make_rows(
 
 
 def summarise(out: Path, rows: int) -> dict | None:
-    """What the manifest of a finished dataset says of its rows; None while other jobs are at work. Writes the sheet,
-    and clears away what kills left behind. Jobs do this in turn."""
+    """What the manifest of a finished dataset says of its rows; None while other jobs are at work. Writes the sheet.
+    Jobs do this in turn. Once the manifest is written, `clear_parts`."""
     shards = range(-(-rows // SHARD))
     if not all([join_rows(out, shard, shard_numbers(shard, rows)) for shard in shards]):
         return None
@@ -270,8 +272,6 @@ def summarise(out: Path, rows: int) -> dict | None:
         if spoiled := [name for name in written if files.get(name) != written[name]]:
             raise UserError(f"{out / spoiled[0]}: not as it was when it was written; remove "
                             f"{shard_files(out, shard)[0].name}, and its rows are made again")
-    shutil.rmtree(out / "partial", ignore_errors=True)
-    clear_unfinished(out)
     lines = [line for shard in shards for line in read_lines(shard_files(out, shard)[0], id=str, prompt=str)]
     notes = [note for shard in shards if (path := shard_files(out, shard)[2]).is_file()
              for note in read_lines(path, **NOTE)]
@@ -297,6 +297,12 @@ def summarise(out: Path, rows: int) -> dict | None:
         write_png(out / "sheet.png", sheet(images, captions, min(len(lines), SHEET_PAIRS)))
     return {"shards": [name for name in files if name.endswith(".safetensors")], "files": files, "counts": counts,
             "left_out": [{key: note[key] for key in NOTE} for note in notes]}
+
+
+def clear_parts(out: Path) -> None:
+    """What dataset.json has made needless, and what kills left behind."""
+    shutil.rmtree(out / "partial", ignore_errors=True)
+    clear_unfinished(out)
 
 
 def pairs_of(shard: str) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from dataset.folder import locked, open_manifest, write_manifest
 from dataset.reader import read_manifest, read_shard
-from dataset.rows import SHEET_PAIRS, Row, make_rows, pending_rows, summarise
+from dataset.rows import SHEET_PAIRS, Row, clear_parts, make_rows, pending_rows, summarise
 from model.builtin import PAPER_PEOPLE
 from model.checkpoint import load_pipeline
 from model.errors import UserError
@@ -71,6 +71,7 @@ def unpack(out: Path) -> None:
         make_rows(
             out, rows, missing, [], lambda k: lines[k]["prompt"], row, lambda line, name: None, "pair", cli.progress)
         write_manifest(out / "dataset.json", options, inputs, finished=True, rows=rows, **model, **summarise(out, rows))
+        clear_parts(out)
 
 
 def main() -> None:
