@@ -272,26 +272,56 @@ def guidance(scale: Scale) -> Experiment:
         "model as it is with guidance 5. The first has no training, so that its interval covers prompts alone.")
 
 
-def previews(scale: Scale) -> Experiment:
+def pool_drawn(scale: Scale, name: str, steps: int, previews: int = 0, keep: int = 0) -> Row:
+    """DPO on a pool of its own, of `scale.fewer` prompts; with previews only `keep` at both ends have all the steps."""
+    pool = scale.pools[-1]
+    options, passes = f"--steps {steps}", pool * steps
+    if previews:
+        options += f" --preview-steps {previews} --preview-keep {keep}"
+        passes = pool * previews + 2 * keep * steps
+    return trained(scale, name, drawn(name, scale.fewer, pool, options, passes))
+
+
+def cheaper_pools(scale: Scale) -> dict[str, Row]:
     """The same share of the U-Net rows, spent in three ways: 20 * 4 + 2 * 2 * 10 = 12 * 10 = 20 * 6 passes."""
-    pool, prompts = scale.pools[-1], scale.fewer
+    pool, some = scale.pools[-1], 3 * scale.pools[-1] // 5
     keep, short, fewer = (2, 4, 6) if pool == 20 else (1, 2, 4)
-    full = size(scale, prompts)
-    previewed = trained(scale, "previews", drawn(
-        "previews", prompts, pool, f"--steps {STEPS} --preview-steps {short} --preview-keep {keep}",
-        pool * short + 2 * keep * STEPS))
-    smaller = trained(scale, "smaller-pool", kept(scale, 3 * pool // 5, 3 * pool // 5, prompts))
-    shorter = trained(scale, "fewer-steps", drawn("fewer-steps", prompts, pool, f"--steps {fewer}", pool * fewer))
+    return {f"{pool} pictures, {STEPS} steps: all of it": size(scale, scale.fewer),
+            f"previews of {short} steps, {keep} and {keep} drawn in full": pool_drawn(
+                scale, "previews", STEPS, short, keep),
+            f"{some} pictures": trained(scale, "smaller-pool", kept(scale, some, some, scale.fewer)),
+            f"{pool} pictures, {fewer} steps": pool_drawn(scale, "fewer-steps", fewer)}
+
+
+def previews(scale: Scale) -> Experiment:
+    prompts, pools = scale.fewer, cheaper_pools(scale)
+    full, previewed, smaller, shorter = pools.values()
     return Experiment(
-        "previews", "Ours: a pool for three fifths of its price", "",
-        (Line(f"{pool} pictures, {STEPS} steps: all of it", full),
-         Line(f"previews of {short} steps, {keep} and {keep} drawn in full", previewed),
-         Line(f"{3 * pool // 5} pictures", smaller), Line(f"{pool} pictures, {fewer} steps", shorter)),
+        "previews", "Ours: a pool for three fifths of its price", "", tuple(map(Line, pools, pools.values())),
         (costs_little("previews cost less than 5 points", "", previewed, full),
          beats("previews are better than a smaller pool", "", previewed, smaller),
          beats("previews are better than fewer steps", "", previewed, shorter)),
         note=f"{prompts} prompts each. What was found: the three cheaper pools cost a few points, and 1,200 pictures a "
         "row cannot tell which of them costs least. See `preview-gap`, too.")
+
+
+def pool_price(scale: Scale) -> Experiment:
+    """From the paper's pool, 20 pictures of 50 steps, down."""
+    pool, (whole, steps, short, keep) = scale.pools[-1], (50, 20, 5, 2) if scale == FULL else (4, 3, 2, 1)
+    paper = pool_drawn(scale, "pool-whole", whole)
+    fast = pool_drawn(scale, "pool-fast", steps, short, keep)
+    rows = {f"{pool} pictures, {whole} steps": paper,
+            f"{steps} steps, by previews of {short}, {keep} and {keep} drawn in full": fast, **cheaper_pools(scale)}
+    most = paper.training.data[0].unet_rows
+    return Experiment(
+        "pool-price", "Ours: what a pool costs, and what comes of it", "",
+        tuple(Line(f"{label.removesuffix(': all of it')}: {100 * row.training.data[0].unet_rows / most:.0f} %", row)
+              for label, row in rows.items()),
+        tuple(costs_little(f"{name} costs less than 2 points", "", row, paper, margin=2.0)
+              for name, row in (("a pool by previews of few steps", fast), ("a pool of 10 steps", rows[
+                  f"{pool} pictures, {STEPS} steps: all of it"]))),
+        ("scorer", "judge", "right"),
+        note=f"DPO on {scale.fewer} prompts; the share of the U-Net rows that the paper's pool takes, and the wins.")
 
 
 def judges(scale: Scale) -> Experiment:
@@ -506,8 +536,8 @@ def over_optimisation(scale: Scale) -> Experiment:
 
 
 EXPERIMENTS = (
-    table3, table5, table6, table2, table1, table4, weight, guidance, previews, judges, longer, over_optimisation,
-    family, online, own_scorers, search, search_online, why, mend, remedies)
+    table3, table5, table6, table2, table1, table4, weight, guidance, previews, pool_price, judges, longer,
+    over_optimisation, family, online, own_scorers, search, search_online, why, mend, remedies)
 
 
 def experiments(scale: Scale) -> dict[str, Experiment]:
