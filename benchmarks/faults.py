@@ -320,9 +320,10 @@ class Trial:
 
     def spoiled(self) -> bool:
         """A kill, and a file that is not as it was: it is made again, or named; then the old one is put back. What a
-        program has finished it does not read again, but for datasets."""
-        came = self.signalled("kill")
-        files = [path for path in files_of(self.disk / "out") if path.name[0] != "." and path.stat().st_size]
+        program has finished it does not read again, but for datasets; nor rounds.py what is to be looked at."""
+        came, looked_at = self.signalled("kill"), (".md", ".png") if self.job.program == "rounds" else ()
+        files = [path for path in files_of(self.disk / "out")
+                 if path.name[0] != "." and path.suffix not in looked_at and path.stat().st_size]
         if not came or not files or self.job.program != "build_dataset" and not self.different():
             return came
         path = self.rng.choice(files)

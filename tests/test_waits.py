@@ -93,7 +93,7 @@ def test_training_waits_for_the_device_in_its_log_alone(loss, tiny, data, progra
 def test_drawing_waits_for_nothing(name, tiny):
     """From the first noise, which comes from the CPU, to the latents."""
     pipeline = on_meta(tiny)
-    drawing, waits = Drawing(steps=3, sampler=name).for_model(pipeline), Waits()
+    drawing, waits = Drawing(steps=2, sampler=name).for_model(pipeline), Waits()
     inject_lora(pipeline.unet)
     context = torch.empty(2, 77, 32, device=META)
     with waits:
