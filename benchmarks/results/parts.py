@@ -35,11 +35,9 @@ ONLINE = {
     "refl": (32, 11, "--batch-size 16 --grad-accum 2 --reward-limit 40"),
     "draft": (16, 24, "--batch-size 16 --grad-accum 1 --guidance 5"),
     "alignprop": (16, 28, "--batch-size 16 --grad-accum 1")}
-# Of a policy gradient, which takes few steps, these are longer.
 RATES = (dict.fromkeys(CHOSEN, ("1.6e-5", "5e-5", "1.6e-4", "5e-4", "1.6e-3"))
-         | dict.fromkeys(ONLINE, ("5e-4", "1.6e-3", "5e-3"))
-         | dict.fromkeys(("refl", "draft", "alignprop"), ("1.6e-4", "5e-4", "1.6e-3")))
-CHOSEN |= dict.fromkeys(ONLINE, "1.6e-3")
+         | dict.fromkeys(ONLINE, ("1.6e-4", "5e-4", "1.6e-3")))
+CHOSEN |= dict.fromkeys(ONLINE, "5e-4")
 TRAINING = "--dtype bfloat16"
 STEPS, NUM_IMAGES = 10, 2                      # of the sampler, and pictures a prompt
 DRAWING = f"--steps {STEPS} --dtype bfloat16"
