@@ -144,10 +144,10 @@ def digest_of(value: object) -> str:
 # JSON
 
 def is_a(value: object, kind: type | tuple) -> bool:
-    """As isinstance, but a truth value is no number, and a whole number is a float, too."""
+    """As isinstance, but a truth value is no number, and a whole number is a float, too, if it is not too large."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    kinds = (*kinds, int) if float in kinds else kinds
-    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+    whole = float in kinds and isinstance(value, int) and abs(value) < 2**1023
+    return (isinstance(value, kinds) or whole) and (bool in kinds or not isinstance(value, bool))
 
 
 def parse_object(text: str, where: str, expected: dict[str, type | tuple]) -> dict:

@@ -46,6 +46,9 @@ def test_json_that_is(tmp_path):
     """With a byte order mark; a whole number where a float is expected; a last line that a full disk cut."""
     (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_json(tmp_path / "a.json", a=float) == {"a": 1}
+    (tmp_path / "a.json").write_text(f'{{"a": 1{400 * "0"}}}')                   # too large for one
+    with pytest.raises(UserError, match="float was expected"):
+        read_json(tmp_path / "a.json", a=float)
     (tmp_path / "a.jsonl").write_text('{"a": "x\u2028y"}\n\n{"a": "z"}\n{"a": "cut')
     assert [line["a"] for line in read_lines(tmp_path / "a.jsonl", cut=True, a=str)] == ["x\u2028y", "z"]
     with pytest.raises(UserError, match="line 4: not JSON"):

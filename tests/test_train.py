@@ -543,7 +543,7 @@ def test_damaged_files_are_one_line(options, program, data, tmp_path, capsys):
         return file.getvalue()
     for key, value in (("step", lambda _: -1), ("parameters", lambda old: old[:-1]),
                        ("parameters", lambda old: [old[0].to("meta"), *old[1:]]),
-                       ("parameters", lambda old: [old[0].to_sparse(), *old[1:]])):
+                       ("parameters", lambda old: [old[0].to_sparse(), *old[1:]]), ("logs", lambda _: "x")):
         assert "not this run's checkpoint" in damaged(out, "checkpoint/state.pt", other_state(key, value))
     for content in (b"{}", b"[]", b'{"format": 1}', lambda old: old[:-20]):
         assert "config.json" in damaged(out, "config.json", content)

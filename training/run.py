@@ -65,7 +65,7 @@ def resume(
                     raise ValueError("it has changed since it was written")
             state = torch.load(state_file, map_location="cpu", weights_only=True)
             saved, step = [*state["parameters"], *state.get("average", [])], state["step"]
-            digests = state.get("logs", {})    # checkpoints of before they came have none
+            digests = dict(state.get("logs", {}))                # checkpoints of before they came have none
             if state["run"] != run or not all(map(is_plain, saved)) \
                     or [p.shape for p in saved] != [p.shape for p in (*parameters, *average)]:
                 raise ValueError("of another run")
