@@ -37,7 +37,7 @@ ONLINE = {
     "alignprop": (16, 28, "--batch-size 16 --grad-accum 1")}
 RATES = (dict.fromkeys(CHOSEN, ("1.6e-5", "5e-5", "1.6e-4", "5e-4", "1.6e-3"))
          | dict.fromkeys(ONLINE, ("1.6e-4", "5e-4", "1.6e-3")))
-CHOSEN |= dict.fromkeys(ONLINE, "5e-4")
+CHOSEN |= dict.fromkeys(ONLINE, "5e-4") | {"grpo": "1.6e-4"}
 TRAINING = "--dtype bfloat16"
 STEPS, NUM_IMAGES = 10, 2                      # of the sampler, and pictures a prompt
 DRAWING = f"--steps {STEPS} --dtype bfloat16"
