@@ -638,7 +638,7 @@ SETTINGS = {               # lora_adapter_metadata, and what is said of it, or t
     "alpha is true": ({"lora_alpha": True}, "lora_alpha is True; float was expected"),
     "alpha is NaN": ({"lora_alpha": float("nan")}, f"alpha at {TO_Q} is nan; a finite number was expected"),
     "alpha is infinite": ({"lora_alpha": float("-inf")}, f"alpha at {TO_Q} is -inf; a finite number was expected"),
-    "alpha is huge": ({"lora_alpha": 10**400}, f"alpha at {TO_Q} is 1000.*; a finite number was expected"),
+    "alpha is huge": ({"lora_alpha": 10**400}, "lora_alpha is 1000.*; float was expected"),
     "patterns in a list": ({"alpha_pattern": ["to_q"]}, "alpha_pattern is .*; dict was expected"),
     "no pattern": ({"alpha_pattern": {"to_(q": 4}}, r"alpha_pattern has 'to_\(q', no regular expression"),
     "an endless pattern": ({"alpha_pattern": {"q{99999999999}": 4}}, "no regular expression"),

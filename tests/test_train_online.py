@@ -732,12 +732,15 @@ def test_what_a_run_was_begun_with_stays(options, program, own, prompts, tmp_pat
 
     told = (out / "rewards.jsonl").read_text()
     first = told.splitlines(keepends=True)
-    for damaged in (None, "".join(first[:2]), "".join([first[0], *first[2:], first[0]])):
-        if damaged is None:
-            (out / "rewards.jsonl").unlink()
-        else:
+    (out / "rewards.jsonl").unlink()
+    assert "rewards.jsonl: not there" in refused()
+    state = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
+    for words, kept in (("its lines are not those of the checkpoint", state),
+                        ("not the rewards of the 2 steps, of 2 pictures each", state | {"logs": {}})):       # as once
+        torch.save(kept, out / "checkpoint" / "state.pt")
+        for damaged in ("".join(first[:2]), "".join([first[0], *first[2:], first[0]])):
             (out / "rewards.jsonl").write_text(damaged)
-        assert "rewards.jsonl: not the rewards of the 2 steps, of 2 pictures each" in refused(), damaged
+            assert f"rewards.jsonl: {words}" in refused(), damaged
     (out / "rewards.jsonl").write_text(told.replace('"reward"', '"rewards"', 1))
     assert "rewards.jsonl" in refused()
     (out / "rewards.jsonl").write_text(told)
