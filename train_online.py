@@ -48,18 +48,8 @@ from model.errors import UserError
 from model.files import digest_all, digest_of, files_read
 from model.lora import inject_lora, load_lora_to_train, lora_disabled, save_lora
 from model.scorers import load_reward
-from sampling import (
-    Drawing,
-    add_noise,
-    ddim_step,
-    decode,
-    guided_eps,
-    onto,
-    seeded,
-    to_images,
-    to_picture,
-    x0_from_eps,
-)
+from sampling import Drawing, add_noise, ddim_step, decode, guided_eps, seeded, to_images, to_picture, x0_from_eps
+from sampling.onto import onto
 from sampling.rollout import eps_gain, rollout, rollout_timesteps, step_distribution, step_log_prob
 from sampling.schedule import T, timesteps
 from training.average import averaged, update_average
